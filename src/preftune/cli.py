@@ -1,0 +1,201 @@
+"""The command line: `preftune STAGE [--config FILE.yaml] [--key value | --key=value | --switch]`.
+
+Keys are those of the stage's config (`recipes/configs.py`), the same in the YAML file and as flags; flags win;
+`-` and `_` are one. Exit codes: 0 done, 1 the run failed, 2 the input was refused, 130/143 stopped by a signal
+after a checkpoint. An error is one line on stderr; PREFTUNE_DEBUG=1 adds the traceback. Nothing heavy is imported
+before the configuration has been accepted, so `--help` and refusals are immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+
+from preftune import __version__
+from preftune.errors import ConfigError, PreftuneError
+
+if TYPE_CHECKING:
+    from preftune.recipes.configs import Settings
+
+__all__ = ["STAGES", "main", "parse"]
+
+STAGES: Mapping[str, str] = {
+    "quickstart": "the whole loop on the embedded world of film reviews; ends with report.html",
+    "inspect": "examine a data set as training would see it: counts, lengths, refused rows, decoded examples",
+    "sft": "supervised fine-tuning on responses, or on the chosen side of pairs",
+    "dpo": "Direct Preference Optimization on preference pairs",
+}
+"""Stage -> what it does; its code is `recipes/STAGE.py`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
+
+_ENV = "versions and hardware, for bug reports"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage; the return value is the exit code."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except PreftuneError as problem:
+        if os.environ.get("PREFTUNE_DEBUG"):
+            traceback.print_exc()
+        print("preftune:", " ".join(str(problem).split()), file=sys.stderr)
+        return problem.exit_code
+    except KeyboardInterrupt:  # before or after the part of a run that turns signals into checkpoints
+        print("preftune: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    first = argv[0] if argv else "--help"
+    if first in ("-h", "--help", "help"):
+        print(_overview())
+    elif first == "--version":
+        print(f"preftune {__version__}")
+    elif first == "env":
+        _print_environment(argv[1:])
+    else:
+        stage, config = parse(argv)
+        card = importlib.import_module(f"preftune.recipes.{stage}").main(config)
+        return 128 + int(card.results["signal"]) if card.status == "stopped" else 0
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Settings]:
+    """The stage and its checked config. Raises ConfigError, with `file:line` for a key of the YAML file."""
+    from preftune.recipes.configs import CONFIGS, did_you_mean
+
+    stage = argv[0]
+    if stage not in CONFIGS:
+        hint = did_you_mean(stage, [*CONFIGS, "env"]) or f"; stages: {', '.join([*CONFIGS, 'env'])}"
+        raise ConfigError(f"unknown stage {stage}{hint}")
+    config = CONFIGS[stage]
+    parser = _parser(stage, config)
+    found, unknown = parser.parse_known_args([_underscored(argument) for argument in argv[1:]])
+    if unknown:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        switch = name.removeprefix("no_")
+        hint = f"; write --{switch} false" if switch in config.model_fields else did_you_mean(name, config.model_fields)
+        what = "unknown option" if unknown[0].startswith("-") else "unexpected argument"
+        raise ConfigError(f"{what} {unknown[0]}{hint or f'; see preftune {stage} --help'}")
+    flags: dict[str, Any] = vars(found)
+    values, origins = read_yaml(flags.pop("config")) if "config" in flags else ({}, {})
+    context = {key: origin for key, origin in origins.items() if key not in flags}
+    return stage, config.model_validate({**values, **flags}, context=context)
+
+
+def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The scalars of a flat YAML mapping, and where each key stands (`file:line`)."""
+    import yaml
+
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected lines of `key: value`")
+        for key_node, value_node in root.value if root else ():
+            key, origin = str(key_node.value).replace("-", "_"), f"{path}:{key_node.start_mark.line + 1}"
+            if not isinstance(value_node, yaml.ScalarNode):
+                raise ConfigError(f"{origin}: {key} takes one value, not a list or a mapping")
+            if key in values:
+                raise ConfigError(f"{origin}: {key} is given twice, first at {origins[key]}")
+            values[key], origins[key] = loader.construct_object(value_node), origin
+    except OSError as problem:
+        raise ConfigError(f"cannot read {path}: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read {path}: it is not UTF-8 text") from None
+    except yaml.MarkedYAMLError as problem:
+        line = f":{problem.problem_mark.line + 1}" if problem.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {problem.problem}") from None
+    return values, origins
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors instead of a usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def _parser(stage: str, config: type[Settings]) -> argparse.ArgumentParser:
+    """Flags from the config's fields, grouped by its sections; values stay text, the config converts them."""
+    from preftune.recipes.configs import sections
+
+    parser = _Parser(
+        prog=f"preftune {stage}",
+        description=f"preftune {stage}: {STAGES[stage]}.",
+        usage=f"preftune {stage} [--config FILE.yaml] [--key value | --key=value | --switch] ...",
+        epilog="Keys are the same in the YAML file; flags win. A switch is --key, --key true or --key false.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=_width()),
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
+    for title, keys in sections(config).items():
+        group = parser.add_argument_group(title)
+        for key in keys:
+            help_text = _help(config, key).replace("%", "%%")
+            if config.model_fields[key].annotation is bool:
+                group.add_argument(f"--{key}", nargs="?", const="true", metavar="BOOL", help=help_text)
+            else:
+                group.add_argument(f"--{key}", metavar=_metavar(config.model_fields[key].annotation), help=help_text)
+    return parser
+
+
+def _help(config: type[Settings], key: str) -> str:
+    """Description with unit, what may be chosen, the default."""
+    from preftune.recipes.configs import default_text
+
+    field = config.model_fields[key]
+    choices = f"; one of {', '.join(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
+    return f"{field.description}{choices} ({default_text(config, key)})"
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "NAME"
+    return "N" if annotation in (int, int | None) else "X" if annotation in (float, float | None) else "TEXT"
+
+
+def _underscored(argument: str) -> str:
+    """`--eval-data=x-y` -> `--eval_data=x-y`: only the name of a long option is touched."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _width() -> int:
+    """Columns of help: the terminal's, between 80 and 120."""
+    import shutil
+
+    return max(80, min(120, shutil.get_terminal_size().columns))
+
+
+def _overview() -> str:
+    stages = "\n".join(f"  {name:<11} {text}" for name, text in [*STAGES.items(), ("env", _ENV)])
+    return f"""preftune {__version__}: align causal language models with preferences
+
+usage: preftune STAGE [--config FILE.yaml] [--key value ...]
+       preftune STAGE --help      keys, units and defaults of one stage
+       preftune --version
+
+stages:
+{stages}"""
+
+
+def _print_environment(arguments: list[str]) -> None:
+    """`preftune env`: one `name: value` per line."""
+    if arguments:
+        raise ConfigError(f"env takes no arguments, found {' '.join(arguments)}")
+    from preftune.engine.host import describe
+
+    found = describe()
+    for name, value in (found["versions"] | found["host"] | {"git_commit": found["git_commit"]}).items():
+        print(f"{name}: {value}")
