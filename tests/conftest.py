@@ -5,7 +5,9 @@ Strict: warnings are errors (pyproject.toml), one thread per process, no network
 
 from __future__ import annotations
 
+import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +105,17 @@ def save_tiny_llama(folder: Path) -> None:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(torch.float32)
     model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 preference rows of unequal lengths in TRL's explicit-prompt layout; the same rows in every session."""
+    rng, words = random.Random(0), sorted({word for text in _CORPUS for word in text.split()})
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
+
+    rows = [{"prompt": text(2, 20), "chosen": " " + text(1, 12), "rejected": " " + text(1, 12)} for _ in range(48)]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
