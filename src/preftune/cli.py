@@ -83,12 +83,12 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
         what = "unknown option" if unknown[0].startswith("-") else "unexpected argument"
         raise ConfigError(f"{what} {unknown[0]}{hint or f'; see preftune {stage} --help'}")
     flags: dict[str, Any] = vars(found)
-    values, origins = read_yaml(flags.pop("config")) if "config" in flags else ({}, {})
+    values, origins = _read_yaml(flags.pop("config")) if "config" in flags else ({}, {})
     context = {key: origin for key, origin in origins.items() if key not in flags}
     return stage, config.model_validate({**values, **flags}, context=context)
 
 
-def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The scalars of a flat YAML mapping, and where each key stands (`file:line`)."""
     import yaml
 

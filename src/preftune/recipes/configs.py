@@ -22,9 +22,14 @@ __all__ = [
     "CONFIGS",
     "LOSS_FACTS",
     "DpoConfig",
+    "Folder",
     "InspectConfig",
     "LossFacts",
+    "Machine",
+    "Objective",
+    "Optimization",
     "QuickstartConfig",
+    "Reading",
     "Settings",
     "SftConfig",
     "TrainingConfig",
@@ -313,10 +318,10 @@ def default_text(config: type[Settings], key: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean lr?` for a slip or another tool's name of a known word, else nothing."""
-    known = list(known)
-    elsewhere = _ELSEWHERE.get(word)
-    close = [elsewhere] if elsewhere in known else difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    names = {name: name for name in known}
+    names |= {theirs: ours for theirs, ours in _ELSEWHERE.items() if ours in names}
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def _refusal(info: ValidationInfo, key: str, text: str) -> ConfigError:

@@ -1,0 +1,38 @@
+"""Adding an option is an event: the list of every stage's options stands here too."""
+
+from __future__ import annotations
+
+import pytest
+
+from preftune.recipes.configs import CONFIGS, sections
+
+READING = "model data eval_data format pairs max_length truncation allow_refused seed"
+TRAINING = (
+    f"{READING} optimizer lr schedule warmup_steps max_grad_norm weight_decay batch_size epochs max_steps shuffle "
+    "tokens_per_batch dtype device activation_checkpointing out eval_every early_stop save_every resume"
+)
+OPTIONS = {
+    "quickstart": "out fast seed",
+    "inspect": f"{READING} kind examples",
+    "sft": TRAINING,
+    "dpo": f"{TRAINING} loss beta label_smoothing tau gamma reference",
+}
+
+
+def test_every_stage_has_its_list() -> None:
+    """The stages with a config are the stages listed here."""
+    assert set(CONFIGS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_the_options_are_these(stage: str) -> None:
+    """A stage has exactly the listed options."""
+    assert set(CONFIGS[stage].model_fields) == set(OPTIONS[stage].split())
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_every_option_is_explained_once(stage: str) -> None:
+    """Every option has a description and stands under exactly one heading of the help."""
+    fields = CONFIGS[stage].model_fields
+    assert [key for key, field in fields.items() if not field.description] == []
+    assert sorted(key for keys in sections(CONFIGS[stage]).values() for key in keys) == sorted(fields)
