@@ -1,0 +1,246 @@
+"""The optimizer step: float32 arithmetic on float32 masters, whatever the model computes in.
+
+A float32 (or float64) parameter is its own master. A bf16 parameter has a float32 master beside it: every
+micro-batch's bf16 gradient is added to a float32 accumulator and freed, the step runs on the master, and the bf16
+compute copy is drawn from it by stochastic rounding (`rounding.py` says why). That copy, not the master rounded to
+nearest, is the trained bf16 model: nearest would throw the small updates away again. It lives in the model's
+parameters, so saving the model saves it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preftune.engine.rounding import stochastic_round_
+from preftune.errors import ConfigError, NotFinite, ResumeMismatch, RunError
+
+__all__ = ["OPTIMIZERS", "Optimizer"]
+
+ParamGroups = list[dict[str, Any]]
+
+
+def _adamw(groups: ParamGroups) -> torch.optim.Optimizer:
+    """Decoupled weight decay (arXiv 1711.05101)."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def _rmsprop(groups: ParamGroups) -> torch.optim.Optimizer:
+    """The DPO paper's choice (arXiv 2305.18290, appendix B). Weight decay is an L2 term in the gradient."""
+    return torch.optim.RMSprop(groups, lr=0.0, alpha=0.99, eps=1e-8)
+
+
+def _sgd(groups: ParamGroups) -> torch.optim.Optimizer:
+    """No momentum. Weight decay is an L2 term in the gradient."""
+    return torch.optim.SGD(groups, lr=0.0, fused=True)
+
+
+OPTIMIZERS: dict[str, tuple[Callable[[ParamGroups], torch.optim.Optimizer], tuple[str, ...]]] = {
+    "adamw": (_adamw, ("step", "exp_avg", "exp_avg_sq")),
+    "rmsprop": (_rmsprop, ("step", "square_avg")),
+    "sgd": (_sgd, ()),
+}
+"""Name -> how torch builds it, and what it keeps for every parameter once that has taken a step."""
+
+
+@dataclass(eq=False, slots=True)
+class _Weight:
+    """One trainable parameter, once however many modules share it."""
+
+    name: str
+    compute: nn.Parameter
+    """What the model computes with."""
+    master: Tensor
+    """What the step is taken on: `compute` itself, or its float32 master."""
+    accumulator: Tensor | None = None
+    """float32, kept from step to step: touching fresh memory costs more than the sum."""
+
+    def collect(self, compute: Tensor) -> None:
+        """Add the bf16 gradient of one micro-batch to the float32 accumulator and free it."""
+        assert compute.grad is not None
+        if self.master.grad is not None:
+            self.master.grad.add_(compute.grad)
+        else:
+            if self.accumulator is None:
+                self.accumulator = torch.empty_like(self.master)
+            self.master.grad = self.accumulator.copy_(compute.grad)
+        compute.grad = None
+
+
+class Optimizer:
+    """`loss.backward()` any number of times, then `step`: the gradients of all micro-batches are one sum.
+
+    `weight_decay` acts on weights with two or more dimensions (matrices, embeddings), never on biases and norm
+    gains. `max_grad_norm` rescales the whole gradient to that length when it is longer; 0 or None leaves it alone.
+    `seed` drives the stochastic rounding of bf16 weights and nothing else.
+
+    Raises ConfigError on an unknown name, an impossible value, a model without trainable parameters or with
+    trainable parameters of another dtype than float32, float64 and bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if name not in OPTIMIZERS:
+            raise ConfigError(f"optimizer {name!r} is unknown; allowed: {', '.join(OPTIMIZERS)}")
+        for knob, value in (("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm or 0.0)):
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{knob} {value} is impossible; it must be a finite number >= 0")
+        self.name, self.seed, self._longest = name, seed, max_grad_norm or math.inf
+        self._weights = [_own(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not self._weights:
+            raise ConfigError("the model has no trainable parameter: every one has requires_grad=False")
+        for weight in self._weights:
+            if weight.master is not weight.compute:
+                handle = weight.compute.register_post_accumulate_grad_hook(weight.collect)
+                weakref.finalize(self, handle.remove)  # a later optimizer on the same model starts clean
+        decayed = [w.master for w in self._weights if w.master.ndim >= 2]
+        others = [w.master for w in self._weights if w.master.ndim < 2]
+        build, self._moments = OPTIMIZERS[name]
+        self._torch = build(
+            [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        )
+
+    @torch.no_grad()
+    def step(self, step: int, lr: float) -> float:
+        """Take step `step` (counted from 1) at rate `lr`, forget the gradients, return their norm before clipping.
+
+        The norm is the Euclidean one over all parameters, in float64 (a float32 sum over a large embedding is off
+        by 1e-3). A parameter that no gradient reached keeps its value, its moments and its step counter.
+        Raises NotFinite, before anything is written, when a gradient is NaN or infinite; RunError when no
+        gradient reached any parameter.
+        """
+        assert step >= 1 and 0 <= lr < math.inf, (step, lr)
+        moved = [w for w in self._weights if w.master.grad is not None]
+        norm = self._gradient_norm(step, moved)
+        if norm > self._longest:
+            for weight in moved:
+                _gradient(weight).mul_(self._longest / (norm + 1e-6))  # 1e-6 as torch's clip_grad_norm_ has it
+        for group in self._torch.param_groups:
+            group["lr"] = lr
+        self._torch.step()
+        for weight in moved:
+            if weight.master is not weight.compute:
+                stochastic_round_(weight.compute.data, weight.master, seed=self.seed, step=step, name=weight.name)
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        """Forget the gradients collected so far."""
+        for weight in self._weights:
+            weight.master.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that resuming bit for bit needs, as `kind/parameter`; the live tensors, not copies.
+
+        Kinds: `weights` (what the model computes with), `masters` (bf16 parameters only) and, for parameters that have
+        taken a step, the optimizer's moments and `step` counter.
+        """
+        kept: dict[str, Tensor] = {}
+        for weight in self._weights:
+            kept[f"weights/{weight.name}"] = weight.compute.detach()
+            if weight.master is not weight.compute:
+                kept[f"masters/{weight.name}"] = weight.master
+            moments = self._torch.state.get(weight.master, {})
+            kept |= {f"{kind}/{weight.name}": moments[kind] for kind in self._moments if kind in moments}
+        return kept
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `tensors` returned, in this process or another: copies, nothing is shared.
+
+        Raises ResumeMismatch, before anything is written, when a name, a shape or a dtype does not fit this model
+        and this optimizer.
+        """
+        self._check(tensors)
+        self.zero_grad()
+        for weight in self._weights:
+            weight.compute.data.copy_(tensors[f"weights/{weight.name}"])
+            if weight.master is not weight.compute:
+                weight.master.copy_(tensors[f"masters/{weight.name}"])
+            self._torch.state.pop(weight.master, None)
+            kinds = [kind for kind in self._moments if f"{kind}/{weight.name}" in tensors]
+            if kinds:
+                self._torch.state[weight.master] = {
+                    kind: tensors[f"{kind}/{weight.name}"].to(weight.master.device, copy=True) for kind in kinds
+                }
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of `tensors()` once every parameter has taken a step: what a checkpoint will need on disk."""
+        moments = sum(kind != "step" for kind in self._moments)
+        return sum(w.compute.nbytes + w.master.nbytes * (moments + (w.master is not w.compute)) for w in self._weights)
+
+    def _gradient_norm(self, step: int, moved: list[_Weight]) -> float:
+        if not moved:
+            raise RunError(
+                f"step {step}: no gradient reached any of the {len(self._weights)} trainable parameters; "
+                "the loss does not depend on them, or backward() was not called"
+            )
+        device = moved[0].master.device
+        norms = torch.stack([torch.linalg.vector_norm(_gradient(w), dtype=torch.float64).to(device) for w in moved])
+        total = float(torch.linalg.vector_norm(norms))
+        if not math.isfinite(total):
+            bad = [w.name for w, fine in zip(moved, norms.isfinite().tolist(), strict=True) if not fine]
+            raise NotFinite(
+                f"step {step}: the gradient is NaN or infinite in {len(bad)} of {len(moved)} parameters, "
+                f"first in {bad[0] if bad else 'their sum'}; weights, moments and step counters were not touched. "
+                "Look at the rows of this step, or lower the learning rate"
+            )
+        return total
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        expected: dict[str, Tensor] = {}
+        for weight in self._weights:
+            expected[f"weights/{weight.name}"] = weight.compute
+            if weight.master is not weight.compute:
+                expected[f"masters/{weight.name}"] = weight.master
+            if any(f"{kind}/{weight.name}" in tensors for kind in self._moments):
+                for kind in self._moments:
+                    expected[f"{kind}/{weight.name}"] = torch.empty(()) if kind == "step" else weight.master
+        missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+        if missing or unknown:
+            raise ResumeMismatch(
+                f"the checkpoint does not belong to this model trained by {self.name}: "
+                f"{len(missing)} tensors are missing{_first(missing)}, {len(unknown)} are unknown{_first(unknown)}"
+            )
+        for name, like in expected.items():
+            found = tensors[name]
+            if found.shape != like.shape or (found.dtype != like.dtype and not name.startswith("step/")):
+                raise ResumeMismatch(
+                    f"the checkpoint's {name} is {found.dtype} {list(found.shape)}; "
+                    f"this run needs {like.dtype} {list(like.shape)}"
+                )
+
+
+def _own(name: str, parameter: nn.Parameter) -> _Weight:
+    """The parameter with its master: itself, or a float32 copy of a bf16 one."""
+    if parameter.dtype in (torch.float32, torch.float64):
+        return _Weight(name, parameter, parameter)
+    if parameter.dtype == torch.bfloat16:
+        return _Weight(name, parameter, parameter.detach().float())
+    raise ConfigError(
+        f"parameter {name} is {parameter.dtype}; training needs float32, float64 or bfloat16: "
+        "load the model in one of them"
+    )
+
+
+def _gradient(weight: _Weight) -> Tensor:
+    assert weight.master.grad is not None
+    return weight.master.grad
+
+
+def _first(names: set[str]) -> str:
+    return f" (first {min(names)})" if names else ""
