@@ -15,13 +15,13 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from preftune import __version__
 from preftune.errors import ConfigError, PreftuneError
 
 if TYPE_CHECKING:
-    from preftune.recipes.configs import Settings
+    from preftune.recipes.settings import Settings
 
 __all__ = ["STAGES", "main", "parse"]
 
@@ -37,7 +37,7 @@ _ENV = "versions and hardware, for bug reports"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one stage; the return value is the exit code."""
+    """Run one stage; the return value is the exit code. --help and a run stopped by a signal leave by SystemExit."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except PreftuneError as problem:
@@ -60,14 +60,14 @@ def _run(argv: list[str]) -> int:
         _print_environment(argv[1:])
     else:
         stage, config = parse(argv)
-        card = importlib.import_module(f"preftune.recipes.{stage}").main(config)
-        return 128 + int(card.results["signal"]) if card.status == "stopped" else 0
+        importlib.import_module(f"preftune.recipes.{stage}").main(config)
     return 0
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     """The stage and its checked config. Raises ConfigError, with `file:line` for a key of the YAML file."""
-    from preftune.recipes.configs import CONFIGS, did_you_mean
+    from preftune.recipes.configs import CONFIGS
+    from preftune.recipes.settings import did_you_mean
 
     stage = argv[0]
     if stage not in CONFIGS:
@@ -144,21 +144,20 @@ def _parser(stage: str, config: type[Settings]) -> argparse.ArgumentParser:
             if config.model_fields[key].annotation is bool:
                 group.add_argument(f"--{key}", nargs="?", const="true", metavar="BOOL", help=help_text)
             else:
-                group.add_argument(f"--{key}", metavar=_metavar(config.model_fields[key].annotation), help=help_text)
+                group.add_argument(f"--{key}", metavar=_metavar(config, key), help=help_text)
     return parser
 
 
 def _help(config: type[Settings], key: str) -> str:
     """Description with unit, what may be chosen, the default."""
-    from preftune.recipes.configs import default_text
-
-    field = config.model_fields[key]
-    choices = f"; one of {', '.join(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
-    return f"{field.description}{choices} ({default_text(config, key)})"
+    names = config.choices(key)
+    one_of = f"; one of {', '.join(names)}" if names else ""
+    return f"{config.model_fields[key].description}{one_of} ({config.default_text(key)})"
 
 
-def _metavar(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
+def _metavar(config: type[Settings], key: str) -> str:
+    annotation = config.model_fields[key].annotation
+    if config.choices(key):
         return "NAME"
     return "N" if annotation in (int, int | None) else "X" if annotation in (float, float | None) else "TEXT"
 

@@ -38,7 +38,7 @@ ONLY_IN = {
     "torch.distributed": ("engine/parallel.py", "engine/checkpoint.py"),
     "sqlalchemy": ("web/*",),
     "matplotlib": ("reports/*",),
-    "pydantic": ("recipes/configs.py", "web/*"),
+    "pydantic": ("recipes/configs.py", "recipes/settings.py", "web/*"),
     "yaml": ("cli.py",),
     **dict.fromkeys(("trl", "accelerate", "pickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"), ()),
     **dict.fromkeys(("requests", "urllib.request", "http.client", "socket", "httpx", "wandb"), ()),
@@ -53,6 +53,7 @@ TORCH_FREE = (
     "data/sources*",
     "data/files*",
     "recipes/configs.py",
+    "recipes/settings.py",
     "reports/*",
     "web/*",
 )

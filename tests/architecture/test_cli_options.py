@@ -6,16 +6,16 @@ import pytest
 
 from preftune.recipes.configs import CONFIGS, sections
 
-READING = "model data eval_data format pairs max_length truncation allow_refused seed"
+READING = "model data eval_data format max_length truncation allow_refused seed"
 TRAINING = (
     f"{READING} optimizer lr schedule warmup_steps max_grad_norm weight_decay batch_size epochs max_steps shuffle "
     "tokens_per_batch dtype device activation_checkpointing out eval_every early_stop save_every resume"
 )
 OPTIONS = {
     "quickstart": "out fast seed",
-    "inspect": f"{READING} kind examples",
+    "inspect": f"{READING} pairs kind examples",
     "sft": TRAINING,
-    "dpo": f"{TRAINING} loss beta label_smoothing tau gamma reference",
+    "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma reference",
 }
 
 

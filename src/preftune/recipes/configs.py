@@ -7,16 +7,17 @@ before a file is opened raises ConfigError here, in one line: the key, what was 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo
+from pydantic import Field, ValidationInfo
 from pydantic import model_validator as check
-from pydantic_core import ErrorDetails
 
-from preftune.errors import ConfigError
+from preftune.data.demonstrations import DEMONSTRATIONS
+from preftune.data.formats import PREFERENCES
+from preftune.data.layouts import Layout
+from preftune.recipes.settings import Settings, not_one_of, refusal
 
 __all__ = [
     "CONFIGS",
@@ -28,13 +29,11 @@ __all__ = [
     "Machine",
     "Objective",
     "Optimization",
+    "Pairing",
     "QuickstartConfig",
     "Reading",
-    "Settings",
     "SftConfig",
     "TrainingConfig",
-    "default_text",
-    "did_you_mean",
     "sections",
 ]
 
@@ -59,79 +58,19 @@ LOSS_FACTS: Mapping[str, LossFacts] = {
     "simpo": LossFacts(5e-7, {"beta": 2.0, "gamma": 1.0}, needs_reference=False),
 }
 
-# What other tools call our keys: a habit deserves an answer, not only a typo.
-_ELSEWHERE = {
-    "bf16": "dtype",
-    "dataset": "data",
-    "dataset_name": "data",
-    "early_stopping_patience": "early_stop",
-    "eval_dataset": "eval_data",
-    "eval_steps": "eval_every",
-    "fp16": "dtype",
-    "gradient_accumulation_steps": "batch_size",
-    "gradient_checkpointing": "activation_checkpointing",
-    "learning_rate": "lr",
-    "loss_type": "loss",
-    "lr_scheduler_type": "schedule",
-    "max_seq_length": "max_length",
-    "model_name_or_path": "model",
-    "num_train_epochs": "epochs",
-    "optim": "optimizer",
-    "output_dir": "out",
-    "per_device_train_batch_size": "batch_size",
-    "ref_model": "reference",
-    "resume_from_checkpoint": "resume",
-    "save_steps": "save_every",
-    "simpo_gamma": "gamma",
-    "torch_dtype": "dtype",
-    "truncation_mode": "truncation",
-    "warmup_ratio": "warmup_steps",
-}
-
-# The start of pydantic's error types -> what was allowed, in our words.
-_ALLOWED = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "string_too_short": "text that is not empty",
-}
-
-
-class Settings(BaseModel):
-    """A frozen set of keys; an unknown one is an error, and every error is one ConfigError of one line.
-
-    The validation context may map keys to the place they came from, which then opens the message.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    @check(mode="wrap")
-    @classmethod
-    def _one_line(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
-        for key, value in values.items() if isinstance(values, Mapping) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field and field.annotation is not bool:  # pydantic reads true as 1
-                raise _refusal(info, key, f"{key} is not a switch: found {str(value).lower()}")
-        try:
-            return handler(values)
-        except ValidationError as problem:
-            raise _explain(cls, problem, info) from None
-
 
 class Reading(Settings):
     """Model and data"""
+
+    formats: ClassVar[Mapping[str, Layout]] = DEMONSTRATIONS
+    """The layouts this stage reads, besides `auto`: every preference layout holds demonstrations too."""
 
     model: str = Field(min_length=1, description="Hugging Face folder or hub name of the model to start from")
     data: str = Field(min_length=1, description="file, folder or hub data set to read")
     eval_data: str | None = Field(
         None, min_length=1, description="held-out data; a prompt it shares is never trained on"
     )
-    format: Literal["auto"] = Field("auto", description="layout of the data")
-    pairs: Literal["all", "adjacent", "best_worst", "best_random"] = Field(
-        "all", description="what a ranking of more than two responses becomes; ties give no pair"
-    )
+    format: str = Field("auto", description="layout of the data")
     max_length: int = Field(1024, ge=2, description="longest prompt + response, tokens")
     truncation: Literal["refuse", "drop", "prompt", "response"] = Field(
         "refuse",
@@ -140,11 +79,31 @@ class Reading(Settings):
     allow_refused: int = Field(0, ge=0, description="refused rows to accept before the run stops, rows")
     seed: int = Field(0, ge=0, lt=2**32, description="of data order, random pairs and rounding")
 
+    @classmethod
+    def choices(cls, key: str) -> tuple[str, ...]:
+        """As `Settings.choices`; `format` is one of the layouts."""
+        return ("auto", *cls.formats) if key == "format" else super().choices(key)
+
+    @check(mode="after")
+    def _format_is_known(self, info: ValidationInfo) -> Self:
+        allowed = self.choices("format")
+        if self.format not in allowed:
+            raise refusal(info, "format", not_one_of("format", self.format, allowed))
+        return self
+
     @check(mode="after")
     def _eval_data_is_held_out(self, info: ValidationInfo) -> Self:
         if self.eval_data == self.data:
-            raise _refusal(info, "eval_data", f"eval_data is the training data, {self.data}; name a held-out set")
+            raise refusal(info, "eval_data", f"eval_data is the training data, {self.data}; name a held-out set")
         return self
+
+
+class Pairing(Settings):
+    """From rankings to pairs"""
+
+    pairs: Literal["all", "adjacent", "best_worst", "best_random"] = Field(
+        "all", description="which responses of a ranking are compared; ties never are"
+    )
 
 
 class Objective(Settings):
@@ -157,12 +116,25 @@ class Objective(Settings):
     label_smoothing: float | None = Field(None, ge=0, lt=0.5, description="assumed share of flipped labels")
     tau: float | None = Field(None, gt=0, description="IPO's regularisation: margins are pulled to 1 / (2 tau) nats")
     gamma: float | None = Field(None, ge=0, description="SimPO's target margin")
-    reference: str | None = Field(None, min_length=1, description="folder or hub name of the reference model")
+    reference: str | None = Field(
+        None, min_length=1, description="folder or hub name of the reference model; none: the weights of --model"
+    )
 
     def loss_knobs(self) -> dict[str, float]:
         """The knobs of the chosen loss, the loss's own default where none was given."""
         given = {name: getattr(self, name) for name in _KNOBS}
         return {name: default if given[name] is None else given[name] for name, default in self._facts.knobs.items()}
+
+    @classmethod
+    def default_text(cls, key: str) -> str:
+        """As `Settings.default_text`; what depends on the loss is told by loss."""
+        by_value: dict[float, list[str]] = {}
+        for loss, facts in LOSS_FACTS.items():
+            own = {**facts.knobs, "lr": facts.learning_rate}
+            if key in own:
+                by_value.setdefault(own[key], []).append(loss)
+        by_loss = "; ".join(f"{value:g} {', '.join(losses)}" for value, losses in by_value.items())
+        return f"default by loss: {by_loss}" if by_loss else super().default_text(key)
 
     @property
     def _facts(self) -> LossFacts:
@@ -172,11 +144,11 @@ class Objective(Settings):
     def _loss_has_these_knobs(self, info: ValidationInfo) -> Self:
         for name in _KNOBS:
             if getattr(self, name) is not None and name not in self._facts.knobs:
-                raise _refusal(
+                raise refusal(
                     info, name, f"loss {self.loss} has no knob {name}; its knobs: {', '.join(self._facts.knobs)}"
                 )
         if self.reference is not None and not self._facts.needs_reference:
-            raise _refusal(info, "reference", f"loss {self.loss} uses no reference model; leave reference out")
+            raise refusal(info, "reference", f"loss {self.loss} uses no reference model; leave reference out")
         return self
 
 
@@ -191,17 +163,19 @@ class Optimization(Settings):
         "linear", description="course of the learning rate after warm-up; linear and cosine end at 0"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0, optimizer steps")
-    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled to this norm")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, per unit of learning rate")
+    max_grad_norm: float = Field(1.0, ge=0, description="longer gradients are scaled to this norm (0: never)")
+    weight_decay: float = Field(
+        0.0, ge=0, description="of matrices: decoupled in adamw, an L2 term of the gradient in the others"
+    )
     batch_size: int = Field(32, ge=1, description="pairs (SFT: responses) per optimizer step, however it is split")
     epochs: int = Field(1, ge=1, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="stop early after this many optimizer steps")
+    max_steps: int | None = Field(None, ge=1, description="stop early, after so many optimizer steps; none: never")
     shuffle: bool = Field(True, description="a new order every epoch, a function of seed and epoch")
 
     @check(mode="after")
     def _warmup_ends(self, info: ValidationInfo) -> Self:
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            raise _refusal(
+            raise refusal(
                 info, "warmup_steps", f"warmup_steps {self.warmup_steps} must be below max_steps {self.max_steps}"
             )
         return self
@@ -226,9 +200,7 @@ class Folder(Settings):
     out: str = Field(min_length=1, description="folder of the run: run.json, metrics.jsonl, checkpoints/, model/")
     eval_every: int = Field(0, ge=0, description="evaluate every so many optimizer steps (0: only at the end)")
     early_stop: int = Field(0, ge=0, description="stop after so many evaluations without improvement (0: off)")
-    save_every: int = Field(
-        0, ge=0, description="checkpoint every so many steps (0: only when stopped, and at the end)"
-    )
+    save_every: int = Field(0, ge=0, description="checkpoint every so many steps (0: only when stopped)")
     resume: bool = Field(False, description="continue the run in --out from its newest whole checkpoint")
 
 
@@ -236,18 +208,23 @@ class Folder(Settings):
 class TrainingConfig(Folder, Machine, Optimization, Reading):
     """What every training stage can be told."""
 
+    if TYPE_CHECKING:  # a key of DPO, a constant of SFT
+
+        @property
+        def pairs(self) -> str: ...
+
     @check(mode="after")
     def _parts_fit(self, info: ValidationInfo) -> Self:
         if self.tokens_per_batch < self.max_length:
-            raise _refusal(
+            raise refusal(
                 info,
                 "tokens_per_batch",
                 f"tokens_per_batch {self.tokens_per_batch} must be at least max_length {self.max_length}",
             )
         if self.eval_every and not self.eval_data:
-            raise _refusal(info, "eval_every", "eval_every needs eval_data: there is nothing to evaluate on")
+            raise refusal(info, "eval_every", "eval_every needs eval_data: there is nothing to evaluate on")
         if self.early_stop and not self.eval_every:
-            raise _refusal(info, "early_stop", "early_stop counts evaluations: set eval_every (and eval_data) too")
+            raise refusal(info, "early_stop", "early_stop counts evaluations: set eval_every (and eval_data) too")
         return self
 
 
@@ -256,16 +233,32 @@ class SftConfig(TrainingConfig):
 
     lr: float = Field(2e-5, gt=0, description="peak learning rate")
 
+    @property
+    def pairs(self) -> str:
+        """Not a key: the best response of a ranking is imitated, whatever would be compared."""
+        return "all"
 
-class DpoConfig(Objective, TrainingConfig):
+
+class DpoConfig(Objective, Pairing, TrainingConfig):
     """Direct Preference Optimization on preference pairs."""
 
+    formats: ClassVar[Mapping[str, Layout]] = PREFERENCES
 
-class InspectConfig(Reading):
+
+class InspectConfig(Pairing, Reading):
     """Examine a data set as training would see it, and train nothing."""
 
     kind: Literal["preferences", "demonstrations"] = Field("preferences", description="what the rows should hold")
     examples: int = Field(3, ge=0, description="rows to show decoded, with their mask, rows")
+
+    @check(mode="after")
+    def _fits_the_kind(self, info: ValidationInfo) -> Self:
+        allowed = ("auto", *PREFERENCES)
+        if self.kind == "preferences" and self.format not in allowed:
+            raise refusal(info, "format", f"{not_one_of('format', self.format, allowed)} (or kind: demonstrations)")
+        if self.kind == "demonstrations" and self.pairs != "all":
+            raise refusal(info, "pairs", "pairs has no meaning for demonstrations; leave it out")
+        return self
 
 
 class QuickstartConfig(Settings):
@@ -284,8 +277,7 @@ CONFIGS: Mapping[str, type[Settings]] = {
 }
 """Stage -> what it may be told."""
 
-_SECTIONS: tuple[type[Settings], ...] = (Reading, Objective, Optimization, Machine, Folder)
-_DEFAULT_OF_NONE = {"eval_data": "none", "reference": "the weights of --model", "max_steps": "no limit"}
+_SECTIONS: tuple[type[Settings], ...] = (Reading, Pairing, Objective, Optimization, Machine, Folder)
 _KNOBS = ("beta", "label_smoothing", "tau", "gamma")
 
 
@@ -298,59 +290,3 @@ def sections(config: type[Settings]) -> dict[str, list[str]]:
             table[str(section.__doc__)] = list(section.model_fields)
             left = {key: None for key in left if key not in section.model_fields}
     return {**table, "Options of this stage": list(left)} if left else table
-
-
-def default_text(config: type[Settings], key: str) -> str:
-    """What holds when `key` is not given, in words; where it depends on the loss, by loss."""
-    field = config.model_fields[key]
-    if field.is_required():
-        return "required"
-    if field.default is not None:
-        return f"default {str(field.default).lower() if isinstance(field.default, bool) else field.default}"
-    if issubclass(config, Objective) and (key in _KNOBS or key == "lr"):
-        by_value: dict[float, list[str]] = {}
-        for loss, facts in LOSS_FACTS.items():
-            if key == "lr" or key in facts.knobs:
-                by_value.setdefault(facts.learning_rate if key == "lr" else facts.knobs[key], []).append(loss)
-        return "default by loss: " + "; ".join(f"{value:g} {', '.join(losses)}" for value, losses in by_value.items())
-    return f"default {_DEFAULT_OF_NONE[key]}"
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean lr?` for a slip or another tool's name of a known word, else nothing."""
-    names = {name: name for name in known}
-    names |= {theirs: ours for theirs, ours in _ELSEWHERE.items() if ours in names}
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {names[close[0]]}?" if close else ""
-
-
-def _refusal(info: ValidationInfo, key: str, text: str) -> ConfigError:
-    """`text` about `key`, opened by the place the key came from where the caller told it (`dpo.yaml:3: `)."""
-    origins: Mapping[str, str] = info.context or {}
-    return ConfigError(f"{origins[key]}: {text}" if key in origins else text)
-
-
-def _explain(cls: type[Settings], problem: ValidationError, info: ValidationInfo) -> ConfigError:
-    """The most telling problem in one line: an unknown key first, for it often explains a missing one."""
-    found = problem.errors()
-    unknown = [error for error in found if error["type"] == "extra_forbidden"]
-    missing = [str(error["loc"][0]) for error in found if error["type"] == "missing"]
-    if missing and not unknown:
-        return ConfigError(f"missing {', '.join(missing)}: give --{missing[0]} VALUE, or the key in the YAML file")
-    first = (unknown or found)[0]
-    key = str(first["loc"][0])
-    return _refusal(info, key, _sentence(cls, key, first))
-
-
-def _sentence(cls: type[Settings], key: str, error: ErrorDetails) -> str:
-    kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        hint = did_you_mean(key, cls.model_fields) or f"; known: {', '.join(cls.model_fields)}"
-        return f"unknown key {key}{hint}"
-    if kind == "literal_error":
-        allowed = [option.strip("'") for option in str(error["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
-        return f"{key} must be one of {', '.join(allowed)}, not {value!r}{did_you_mean(str(value), allowed)}"
-    if kind == "string_pattern_mismatch":
-        return f"{key} must be {str(cls.model_fields[key].description).split(';')[0]}, not {value!r}"
-    in_our_words = next((words for start, words in _ALLOWED.items() if kind.startswith(start)), None)
-    return f"{key} must be {in_our_words or error['msg'].removeprefix('Input should be ')}, not {value!r}"
