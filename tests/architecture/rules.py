@@ -32,6 +32,7 @@ STOP_AT_RANK_0 = ("data", "engine")
 # Library -> the only files (patterns below src/preftune) that may import it.
 ONLY_IN = {
     "transformers": ("models/*",),
+    "tokenizers": ("models/*",),
     "peft": ("models/*",),
     "datasets": ("data/sources*", "data/files*"),
     "pyarrow": ("data/sources*", "data/files*"),
@@ -210,28 +211,38 @@ def bad_text(root: Path) -> list[str]:
 
 
 def undocumented(root: Path) -> list[str]:
-    """Modules without `__all__` or docstring, public names missing from `__all__`, exported names without docstring."""
+    """Modules without docstring or `__all__`, exported functions and classes without docstring."""
     found = []
     for path in modules(root):
         tree = _tree(path)
-        if path.name in ("__init__.py", "__main__.py") and len(tree.body) == 0:
+        if path.name in ("__init__.py", "__main__.py") and not tree.body:
             continue
         if not ast.get_docstring(tree):
             found.append(f"{_where(root, path, 1)}: no module docstring")
-        if path.name == "__main__.py":
-            continue
-        lists = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and _assigns(n, "__all__")]
-        if len(lists) != 1:
-            found.append(f"{_where(root, path, 1)}: {len(lists)} lists __all__, expected one")
-            continue
-        for node in tree.body:
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
-                continue
-            if node.name not in lists[0]:
-                found.append(f"{_where(root, path, node.lineno)}: {node.name} is neither private nor in __all__")
-            elif not ast.get_docstring(node):
-                found.append(f"{_where(root, path, node.lineno)}: {node.name} has no docstring")
+        exported = _exported(tree)
+        if exported is None and path.name != "__main__.py":
+            found.append(f"{_where(root, path, 1)}: no list __all__")
+        kept = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in (exported or ())]
+        bare = [node for node in kept if not ast.get_docstring(node)]
+        found += [f"{_where(root, path, node.lineno)}: {node.name} has no docstring" for node in bare]
     return found
+
+
+def unannounced_imports(root: Path) -> list[str]:
+    """Names taken from a module of ours that it does not announce in `__all__`."""
+    package, found = root / PACKAGE, []
+    by_name = {".".join(["preftune", *path.relative_to(package).with_suffix("").parts]): path for path in modules(root)}
+    for path in modules(root):
+        for line, name in imports(path, package):
+            module, _, item = name.rpartition(".")
+            if module in by_name and item not in (_exported(_tree(by_name[module])) or ()):
+                found.append(f"{_where(root, path, line)}: {item} is not in __all__ of {module}")
+    return found
+
+
+def _exported(tree: ast.Module) -> list[str] | None:
+    lists = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and _assigns(n, "__all__")]
+    return list(lists[0]) if len(lists) == 1 else None
 
 
 def _assigns(node: ast.Assign, name: str) -> bool:

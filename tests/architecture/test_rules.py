@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     rules.clones,
     rules.bad_text,
     rules.undocumented,
+    rules.unannounced_imports,
     rules.same_named_tests,
 )
 
@@ -34,7 +35,6 @@ def long_function(lines: int) -> str:
 
 
 TWENTY_SIX = "".join(f"x{i} = {i}\n" for i in range(26))
-DOCUMENTED = '"""Module."""\n__all__ = []\n'
 Files = dict[str, str]
 
 SEEDED: list[tuple[Rule, Files, str]] = [
@@ -68,9 +68,13 @@ SEEDED: list[tuple[Rule, Files, str]] = [
     (rules.bad_text, {"data/a.py": "x = 1\n# TO" + "DO: more"}, "data/a.py:2: unfinished"),
     (rules.bad_text, {"data/a.py": "open('/ho" + "me/me/x')"}, "a path of one machine"),
     (rules.undocumented, {"data/a.py": "__all__ = []"}, "no module docstring"),
-    (rules.undocumented, {"data/a.py": '"""Module."""'}, "0 lists __all__"),
-    (rules.undocumented, {"data/a.py": DOCUMENTED + "def f(): ..."}, "f is neither private nor in __all__"),
+    (rules.undocumented, {"data/a.py": '"""Module."""'}, "no list __all__"),
     (rules.undocumented, {"data/a.py": '"""M."""\n__all__ = ["f"]\ndef f(): ...'}, "f has no docstring"),
+    (
+        rules.unannounced_imports,
+        {"data/a.py": '__all__ = ["f"]', "data/b.py": "from preftune.data.a import f, g"},
+        "data/b.py:1: g is not in __all__ of preftune.data.a",
+    ),
     (rules.same_named_tests, {"../../tests/a/test_x.py": "", "../../tests/b/test_x.py": ""}, "tests/b/test_x.py:1"),
 ]
 
