@@ -1,0 +1,220 @@
+"""What became of every row of a data set: rows = used + refused + truncated + duplicate, always.
+
+used        trained on, whole
+truncated   trained on, but cut to max_length (policies `prompt` and `response`)
+duplicate   the same tokens, pairs, weight and annotator as an earlier row: the first one is kept
+refused     left out for a reason that names file, line and field; over-length rows dropped on request
+            (policy `drop`) are among them and counted once more in `dropped`, for they stop nothing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preftune.errors import DataError
+from preftune.records import Refusal
+
+__all__ = ["ODDITIES", "Cuts", "DataReport", "LengthGap", "Oddity", "Spread", "check_refusals"]
+
+_SHOWN = 20
+
+ODDITIES: dict[str, str] = {
+    "BOS more than once": "the text spells BOS although the tokenizer or the template writes it",
+    "annotators disagree": "another annotator prefers the other response; both rows are used",
+    "boundary merge": "the tokenizer would merge the prompt's end with a response's start, so they are tokenised apart",
+    "empty prompt": "the response follows BOS (or EOS, where the tokenizer has no BOS) alone",
+    "end mark spelled": "a response spells its end-of-sequence mark; it is taken as the mark, not doubled",
+    "end of turn is not EOS": "the chat template ends a turn with a mark of its own; generation must stop there too",
+    "no BOS": "the tokenizer begins plain text with BOS, the chat template does not",
+    "no end of turn": "the chat template ends a turn without a special token; EOS is appended to what it writes",
+    "no generation prompt": "the template has none: right for [INST] templates, else the response holds its header",
+    "plain text, chat model": "the tokenizer has a chat template, but the row is plain text and used as it is",
+    "special token in prompt": "a plain prompt spells special tokens; they count as such (a pre-rendered chat)",
+    "template rewrites": "the chat template does not write the response as it is; it follows the generation prompt",
+    "unfinished response": "a response that its sampler cut off has no end-of-sequence mark",
+    "unknown characters": "the tokenizer does not know some characters; they become its unknown token",
+}
+"""What may be odd about a row that is used nevertheless -> what it means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Token lengths of one kind of text, before anything is cut: tokens, end marks included."""
+
+    mean: float
+    p5: float
+    p50: float
+    p95: float
+    p99: float
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Spread:
+        """Of at least one length."""
+        low, middle, high, top = (float(q) for q in np.percentile(lengths, (5, 50, 95, 99)))
+        return cls(float(np.mean(lengths)), low, middle, high, top, max(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class LengthGap:
+    """Tokens of the chosen minus tokens of the rejected response, over the pairs that are trained on."""
+
+    mean: float
+    chosen_longer: float
+    """Share of pairs."""
+    rejected_longer: float
+    """Share of pairs; the rest have equal lengths."""
+
+    @classmethod
+    def of(cls, gaps: Sequence[int]) -> LengthGap:
+        """Of at least one pair."""
+        values = np.array(gaps)
+        return cls(float(values.mean()), float((values > 0).mean()), float((values < 0).mean()))
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """What truncation took away from the rows that are trained on."""
+
+    prompts: int = 0
+    """Rows whose prompt lost tokens on the left."""
+    responses: int = 0
+    """Responses that lost tokens on the right."""
+    chosen: int = 0
+    """Pairs whose chosen response was cut."""
+    rejected: int = 0
+    """Pairs whose rejected response was cut."""
+    one_sided: int = 0
+    """Pairs of which exactly one response was cut: their length gap is partly an artefact."""
+    eos_lost: int = 0
+    """Responses that lost their end mark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Oddity:
+    """Something worth knowing about rows that are used nevertheless."""
+
+    name: str
+    """A key of `ODDITIES`."""
+    rows: int
+    first: tuple[str, ...]
+    """Where the first few stand: `file:line`."""
+
+    @classmethod
+    def of(cls, name: str, origins: Sequence[str]) -> Oddity:
+        return cls(name, len(origins), tuple(origins[:3]))
+
+    def __str__(self) -> str:
+        more = ", ..." if self.rows > len(self.first) else ""
+        return f"{self.name}: {self.rows} rows ({', '.join(self.first)}{more}): {ODDITIES[self.name]}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataReport:
+    """The doctor's findings on one data set; counts are rows where nothing else is said."""
+
+    rows: int
+    used: int
+    refused: int
+    truncated: int
+    duplicate: int
+    refusals: tuple[Refusal, ...] = ()
+    """All rows with something wrong, in the order of the file."""
+    dropped: tuple[Refusal, ...] = ()
+    """Over-length rows left out on request; `refused` counts them too."""
+    duplicates: tuple[Refusal, ...] = ()
+    """Which row is a copy of which."""
+    prompts: int = 0
+    """Distinct prompts among the rows that are trained on."""
+    responses: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    """Tokens of all prompts and responses that are trained on; the prompt of a row counts once."""
+    lengths: dict[str, Spread] = field(default_factory=dict)
+    """Of `prompt`, `chosen`, `rejected` (or `response`) and `total` (prompt plus longest response: max_length bounds
+    it), over all rows that could be tokenised."""
+    length_gap: LengthGap | None = None
+    cuts: Cuts = Cuts()
+    oddities: tuple[Oddity, ...] = ()
+    prompt_keys: frozenset[str] = field(default=frozenset(), repr=False)
+    """`prompt_key` of every row that is used: the `held_out` of another data set. Not part of `to_dict`."""
+
+    def __post_init__(self) -> None:
+        assert self.rows == self.used + self.refused + self.truncated + self.duplicate, "a row vanished"
+        assert self.refused == len(self.refusals) + len(self.dropped), "a row was refused without a reason"
+        assert self.duplicate == len(self.duplicates), "a duplicate has no original"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types, for the run card; reasons as `file:line: field: reason`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "prompt_keys"}
+        for name in ("refusals", "dropped", "duplicates"):
+            values[name] = [str(refusal) for refusal in values[name]]
+        values["lengths"] = {name: dataclasses.asdict(spread) for name, spread in self.lengths.items()}
+        values["length_gap"] = None if self.length_gap is None else dataclasses.asdict(self.length_gap)
+        values["cuts"] = dataclasses.asdict(self.cuts)
+        values["oddities"] = [
+            {**dataclasses.asdict(oddity), "first": list(oddity.first), "meaning": ODDITIES[oddity.name]}
+            for oddity in self.oddities
+        ]
+        return values
+
+    def summary_lines(self) -> list[str]:
+        """The report for a terminal or a log: the accounting first, what needs attention last."""
+        lines = [
+            f"{self.rows} rows = {self.used} used + {self.refused} refused + {self.truncated} truncated "
+            f"+ {self.duplicate} duplicate",
+            f"{self.pairs} pairs, {self.responses} responses to {self.prompts} prompts, {self.tokens} tokens",
+        ]
+        if self.lengths:
+            lines.append(f"{'tokens':<9} {'mean':>8} {'5 %':>7} {'50 %':>7} {'95 %':>7} {'99 %':>7} {'longest':>8}")
+        for name, s in self.lengths.items():
+            numbers = f"{s.mean:>8.1f} {s.p5:>7.0f} {s.p50:>7.0f} {s.p95:>7.0f} {s.p99:>7.0f} {s.longest:>8}"
+            lines.append(f"{name:<9} {numbers}")
+        if self.length_gap:
+            gap = self.length_gap
+            lines.append(
+                f"chosen - rejected: {gap.mean:+.1f} tokens on average; "
+                f"chosen longer in {gap.chosen_longer:.1%} of pairs, rejected in {gap.rejected_longer:.1%}"
+            )
+        if self.truncated:
+            lines.append(
+                f"cut: {self.cuts.prompts} prompts, {self.cuts.responses} responses ({self.cuts.chosen} pairs lost "
+                f"chosen tokens, {self.cuts.rejected} rejected ones, {self.cuts.one_sided} only on one side); "
+                f"{self.cuts.eos_lost} responses lost their end mark"
+            )
+        if self.dropped:
+            lines.append(f"{len(self.dropped)} of the refused rows were dropped on request: longer than max_length")
+        return lines + [f"note: {oddity}" for oddity in self.oddities]
+
+
+def check_refusals(report: DataReport, allow_refused: int, write_to: Path | None = None) -> None:
+    """Raises DataError when more than `allow_refused` rows have something wrong, or when no row is left.
+
+    The message holds the first 20 refusals and the total. With `write_to` all refused rows go into that file,
+    one `file:line: field: reason` per line, whether or not they are too many.
+    """
+    left_out = [*report.refusals, *report.dropped]
+    if write_to is not None and left_out:
+        write_to.write_text("".join(f"{refusal}\n" for refusal in left_out), encoding="utf-8")
+    found = len(report.refusals)
+    if found > allow_refused:
+        shown = _lines(report.refusals[:_SHOWN])
+        rest = f"\n  ... and {found - _SHOWN} more" if found > _SHOWN else ""
+        where = f"; the full list is in {write_to}" if write_to is not None else ""
+        raise DataError(
+            f"{found} of {report.rows} rows are refused, {allow_refused} allowed{where}:{shown}{rest}\n"
+            f"Repair or remove them, or train without them: --allow-refused {found}"
+        )
+    if report.used + report.truncated == 0:
+        reasons = _lines(left_out[:_SHOWN])
+        raise DataError(f"none of {report.rows} rows is left to use; a data set needs at least one{reasons}")
+
+
+def _lines(refusals: Iterable[Refusal]) -> str:
+    return "".join(f"\n  {refusal}" for refusal in refusals)
