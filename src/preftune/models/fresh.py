@@ -1,0 +1,71 @@
+"""Models and tokenizers made from nothing: a small Llama with seeded weights, and one token per word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from preftune.errors import ConfigError
+
+__all__ = ["BOS", "EOS", "UNK", "tiny_llama", "word_tokenizer"]
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2
+
+
+def tiny_llama(
+    vocab_size: int, *, hidden: int = 128, layers: int = 4, heads: int = 4, positions: int = 128, seed: int = 0
+) -> LlamaForCausalLM:
+    """A Llama of the given size in float32 whose weights are a function of the seed alone.
+
+    `hidden` is the width, a multiple of 2 * `heads`; `positions` the longest text in tokens. BOS and EOS are ids 1
+    and 2, as `word_tokenizer` gives them. The global random numbers are left as they were. Raises ConfigError.
+    """
+    if hidden % (2 * heads):
+        raise ConfigError(
+            f"hidden={hidden} must be a multiple of 2 * heads = {2 * heads}: rotary heads have even width"
+        )
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=positions,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token per word; `decode(encode(text)) == text` for every text made of `words`.
+
+    `words` are pieces as they stand in a text, a leading space included: `The`, ` acting`, `,`. So a text is the
+    plain concatenation of its pieces and a prompt meets its response without a lost or an invented space.
+    Encoding a text puts BOS in front; a piece outside `words` becomes UNK. Raises ConfigError on a repeated word.
+    """
+    vocabulary = {word: index for index, word in enumerate([UNK, BOS, EOS, *words])}
+    if len(vocabulary) != len(words) + 3:
+        raise ConfigError(
+            f"{len(words)} words give {len(vocabulary)} tokens: every word once, none of {UNK} {BOS} {EOS}"
+        )
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,158 @@
+"""Sampling answers: y ~ pi(. | x), token by token, with a key-value cache.
+
+Every answer has random numbers of its own, a function of (seed, prompt's position, answer's number), and a token is
+the inverse of the cumulative distribution at one of them. So the answers depend neither on the batch size nor on
+what else is in the batch (up to floating-point rounding of the model itself), and the global random numbers are
+neither read nor moved. A prompt is computed once for its n answers; a finished answer leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preftune.errors import ConfigError
+from preftune.records import Prompt, Response
+
+__all__ = ["sample"]
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    n: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[list[Response]]:
+    """`n` answers to every prompt, in the order of the prompts.
+
+    `temperature` divides the logits, 0 takes the most likely token; `top_p` keeps the smallest set of most likely
+    tokens whose probability reaches it. `max_tokens` ends an answer, which then is not `finished`; `batch_size`
+    counts answers. A text prompt is encoded by the tokenizer, a conversation by its chat template. Texts hold no
+    special tokens. Raises ConfigError on a value out of range or a prompt that leaves the model no room.
+    """
+    _check(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, batch_size=batch_size)
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if room is not None and longest + max_tokens > room:
+        raise ConfigError(
+            f"the longest prompt ({longest} tokens) and max_tokens={max_tokens} exceed the model's {room} positions; "
+            f"lower max_tokens to {room - longest} or shorten the prompt"
+        )
+    stops = _stop_ids(model, tokenizer)
+    provenance = (
+        f"{model.name_or_path or model.config.model_type}, temperature {temperature:g}, top_p {top_p:g}, seed {seed}"
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    answers: list[list[Response]] = [[] for _ in prompts]
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), max(1, batch_size // n)):
+            rows = order[start : start + max(1, batch_size // n)]
+            uniforms = np.stack(
+                [np.random.default_rng((seed, row, k)).random(max_tokens) for row in rows for k in range(n)]
+            )
+            written = _continue(model, [encoded[row] for row in rows], n, uniforms, temperature, top_p, stops)
+            for position, ids in enumerate(written):
+                row, finished = rows[position // n], ids[-1] in stops
+                text = _text(tokenizer, encoded[row], ids[:-1] if finished else ids)
+                answers[row].append(Response(text=text, finished=finished, provenance=provenance))
+    finally:
+        model.train(training)
+    return answers
+
+
+@torch.no_grad()
+def _continue(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    uniforms: np.ndarray,
+    temperature: float,
+    top_p: float,
+    stops: frozenset[int],
+) -> list[list[int]]:
+    """The ids of n answers to each prompt, a stop id included where one was drawn; `uniforms` is [answers, tokens]."""
+    device = model.device
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)
+    mask, position = mask.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)
+
+    written: list[list[int]] = [[] for _ in uniforms]
+    alive = np.arange(len(uniforms))  # the answer behind every row of the batch
+    for t in range(uniforms.shape[1]):
+        chosen = _draw(logits, torch.from_numpy(uniforms[alive, t]).to(device), temperature, top_p)
+        tokens = chosen.tolist()
+        for row, token in zip(alive, tokens, strict=True):
+            written[row].append(token)
+        going = [i for i, token in enumerate(tokens) if token not in stops]
+        if not going or t + 1 == uniforms.shape[1]:
+            break
+        if len(going) < len(tokens):
+            keep = torch.tensor(going, device=device)
+            cache.batch_select_indices(keep)
+            alive, chosen, mask, position = alive[going], chosen[keep], mask[keep], position[keep]
+        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), position + 1
+        step = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}
+        logits = model(input_ids=chosen[:, None], **step).logits[:, -1]
+    return written
+
+
+def _draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> Tensor:
+    """[B] token ids: the inverse of each row's cumulative distribution at its uniform in [0, 1)."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    probs = torch.softmax(logits_BV.double() / temperature, dim=-1)
+    if top_p < 1:
+        ranked, index = probs.sort(dim=-1, descending=True, stable=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # drop what begins at or after the mass top_p
+        probs = torch.zeros_like(probs).scatter(-1, index, ranked)
+    cumulative = probs.cumsum(-1)
+    return torch.searchsorted(cumulative, (uniforms_B.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
+
+
+def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": message.role, "content": message.content} for message in prompt]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokenizer's end of sequence and whatever else the model's generation settings stop at."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [tokenizer.eos_token_id, *ids] if i is not None)
+
+
+def _text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """What the answer adds to the prompt's text; decoded apart, many tokenizers would lose its leading space."""
+    head = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
+    return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _check(*, n: int, temperature: float, top_p: float, max_tokens: int, batch_size: int) -> None:
+    for name, value in (("n", n), ("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+    if not temperature >= 0:
+        raise ConfigError(f"temperature={temperature} must be 0 (most likely token) or larger")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p} must be in (0, 1]; 1 keeps every token")
