@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -20,12 +21,15 @@ from rich.text import Text
 
 __all__ = ["Display", "headline"]
 
-# A plain line is due after this many seconds, or after this share of the steps, and at the first and the last one.
+# A plain line is due at the first and the last step, after so many seconds, or after this share of the steps unless
+# the last line is younger than a second.
 LINE_SECONDS = 10.0
 LINE_SHARE = 0.05
 SHOWN = 5
+BAR_WIDTH = 24
+MARGIN = 4  # columns left free: a terminal echoes ^C at the cursor, and a wrapped line would stay behind
 SHOW_CURSOR = b"\x1b[?25h"
-STOPPING = "stopping after this step; the same signal again leaves at once"
+STOPPING = "stopping after this step; a second signal leaves at once"
 
 
 class Display:
@@ -55,31 +59,40 @@ class Display:
     def begin(self, what: str, total: int, start: int = 0) -> None:
         """Show progress of `what` from `start` to `total`; a bar already there is closed."""
         self.end()
-        self._what, self._total, self._start, self._line = what, total, start, ""
+        self._what, self._total, self._start = what, total, start
+        self._line = ""
         self._begun, self._printed_at, self._printed_step = time.monotonic(), float("-inf"), start
         if self._console is None:
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
             console=self._console,
         )
-        self._progress.add_task(what, total=total, completed=start)
-        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=5)
+        self._progress.add_task(what, total=total, completed=start, rate="")
+        self._live = Live(
+            console=self._console,
+            get_renderable=partial(self._render, self._console),
+            refresh_per_second=5,
+            redirect_stdout=sys.stdout.isatty(),  # what is printed to a pipe or a file goes there
+        )
         self._live.start()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Step `step` is done, with these metrics: the first few numbers are shown, and tokens/s."""
         self._line = headline(metrics)
+        rate = "".join(f"{v:.0f} tokens/s" for name, v in metrics.items() if name.endswith("tokens_per_second"))
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step)
+            self._progress.update(self._progress.task_ids[0], completed=step, rate=rate)
         elif self._line_due(step):
             self._printed_at, self._printed_step = time.monotonic(), step
-            self._say(f"{self._what} {step}/{self._total}  {self._left(step)}{self._line}".rstrip(), "")
+            parts = [f"{self._what} {step}/{self._total}", self._left(step), rate, self._line]
+            self._say("  ".join(filter(None, parts)), "")
 
     def end(self) -> None:
         """Close the bar; its last state stays on the screen."""
@@ -103,30 +116,31 @@ class Display:
         elif not self._quiet:
             print(text, file=self._stream, flush=True)
 
-    def _render(self) -> RenderableType:
-        line = Text(f"  {self._line}", style="dim", no_wrap=True, overflow="ellipsis")
+    def _render(self, console: Console) -> RenderableType:
+        """The bar, the metrics, and that a signal was understood: drawn by rich's thread, five times a second."""
         rows: list[RenderableType] = [] if self._progress is None else [self._progress.get_renderable()]
-        if self._line:
-            rows.append(line)
-        if self._stopping:
-            rows.append(Text(f"  {STOPPING}", style="yellow", no_wrap=True, overflow="ellipsis"))
+        for text, style in ((self._line, "dim"), (STOPPING if self._stopping else "", "yellow")):
+            if text:
+                row = Text(f"  {text}", style=style, no_wrap=True)
+                row.truncate(console.width - MARGIN, overflow="ellipsis")
+                rows.append(row)
         return Group(*rows)
 
     def _line_due(self, step: int) -> bool:
-        if step == self._total or time.monotonic() - self._printed_at >= LINE_SECONDS:
-            return True
-        return step - self._printed_step >= LINE_SHARE * self._total
+        age = time.monotonic() - self._printed_at
+        further = step - self._printed_step >= LINE_SHARE * self._total
+        return step == self._total or age >= LINE_SECONDS or (further and age >= 1)
 
     def _left(self, step: int) -> str:
         if not self._start < step < self._total:
             return ""
         seconds = (time.monotonic() - self._begun) / (step - self._start) * (self._total - step)
         minutes, second = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{second:02d} left  "
+        return f"{minutes // 60}:{minutes % 60:02d}:{second:02d} left"
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The first numbers of `metrics` in their own order, with their interval where there is one, and tokens/s.
+    """The first numbers of `metrics` in their own order, with their interval where there is one.
 
     `name_low` and `name_high` beside `name` are its interval: `accuracy 0.61 [0.55, 0.66]`.
     """
@@ -137,5 +151,4 @@ def headline(metrics: Mapping[str, Any]) -> str:
         if len(shown) < SHOWN and not name.endswith(("_low", "_high", "per_second")):
             interval = "" if low is None or high is None else f" [{low:.4g}, {high:.4g}]"
             shown.append(f"{name} {value if isinstance(value, int) else f'{value:.4g}'}{interval}")
-    shown += [f"{value:.0f} tokens/s" for name, value in numbers.items() if name.endswith("tokens_per_second")]
     return "  ".join(shown)

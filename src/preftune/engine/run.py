@@ -48,8 +48,8 @@ class Stopped(SystemExit):
 class Run:
     """One run folder while this process works in it. Made by `Run.open`, used in a `with` block.
 
-    While the block is open SIGINT and SIGTERM only set `stop_signal`, so that the loop can save and leave; the
-    same signal again ends the process at once. A block that ends after a signal raises `Stopped`; one that ends
+    While the block is open SIGINT and SIGTERM only set `stop_signal`, so that the loop can save and leave; a
+    second signal ends the process at once. A block that ends after a signal raises `Stopped`; one that ends
     by an error records `failed` with the message.
     """
 
@@ -120,6 +120,10 @@ class Run:
         try:
             self._display.end()
             self._settle(error)
+            if self.card.status == "stopped":
+                self._display.note(f"{self.card.stage} stopped; --resume continues the run in {self.folder}")
+            elif error is None:
+                self._display.note(f"{self.card.stage} {self.card.status}: {self.folder}")
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
@@ -217,11 +221,9 @@ class Run:
 
     def finish(self, results: Mapping[str, Any]) -> RunCard:
         """The last word: `done` with these results, or `stopped` when a signal came before the last step."""
-        self._display.end()
         stopped = self.stop_signal is not None and (self._step < self._total or self._total == 0)
         self.card = replace(self.card, status="stopped" if stopped else "done")
         self.record(results=results)
-        self._display.note(f"{self.card.stage} {self.card.status}: {self.folder}")
         return self.card
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
