@@ -1,0 +1,32 @@
+"""The ranges of the losses' knobs, as annotations: a signature then says name, default and range in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+__all__ = ["NonNegative", "Positive", "Range", "Smoothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers from `low` to below `high`; `low` itself only when `closed`. NaN and infinity are in no range."""
+
+    low: float
+    high: float = math.inf
+    closed: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low <= value if self.closed else self.low < value) and value < self.high
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"{'>=' if self.closed else '>'} {self.low:g}"
+        return f"in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
+
+
+Positive = Annotated[float, Range(0.0)]
+NonNegative = Annotated[float, Range(0.0, closed=True)]
+Smoothing = Annotated[float, Range(0.0, 0.5, closed=True)]
+"""The share of labels believed to be flipped: at one half a label says nothing, above it says the opposite."""

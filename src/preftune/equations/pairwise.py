@@ -1,0 +1,251 @@
+"""Losses of a pair that read the log-ratios of policy to reference: DPO and its nearest kin.
+
+    x        prompt                       y_w, y_l   chosen and rejected response
+    n_w, n_l completion tokens, end-of-sequence included
+    a = log pi(y_w|x) - log pi_ref(y_w|x)            b = the same for y_l        (nats, summed over tokens)
+    D = a - b                                        z = beta D                  s() = logistic sigmoid
+
+Every loss maps `PairLogps` to one value per pair, [T] in nats, differentiable, of the dtype of its input; it never
+reads the pairs' weight and never mixes pairs. Its keyword arguments are exactly its knobs.
+
+Every loss has its gradient weights beside it, `..._weights(...) -> (w_c [T], w_r [T])`:
+
+    -grad L = w_c grad log pi(y_w|x) - w_r grad log pi(y_l|x),   w_c = -dL/d log pi(y_w|x),   w_r = +dL/d log pi(y_l|x)
+
+and its value where policy and reference agree (a = b = 0), `..._at_start(...)`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+from preftune.equations.knobs import Positive, Smoothing
+from preftune.tensors import PairLogps
+
+__all__ = [
+    "cdpo",
+    "cdpo_weights",
+    "dpo",
+    "dpo_loss",
+    "dpo_rewards",
+    "dpo_weights",
+    "hinge",
+    "hinge_at_start",
+    "hinge_weights",
+    "implicit_reward",
+    "ipo",
+    "ipo_at_start",
+    "ipo_average",
+    "ipo_average_rewards",
+    "ipo_average_weights",
+    "ipo_rewards",
+    "ipo_weights",
+    "logistic_at_start",
+    "robust",
+    "robust_weights",
+]
+
+
+# --- DPO -------------------------------------------------------------------------------------------------------------
+
+
+def dpo(pairs: PairLogps, *, beta: Positive = 0.1) -> Tensor:
+    """L = -log s(z): the label's negative log-likelihood if pi were optimal for its implicit reward.
+
+    beta is the strength of the KL penalty towards the reference in the RL problem that DPO solves; in the loss it
+    only scales the margin, so it fixes the end point when labels are drawn from Bradley-Terry, and merely the speed
+    when every comparison has one certain outcome. Source: arXiv 2305.18290 Eq. 7, defaults of Appendix B.
+    """
+    return -logsigmoid(beta * _gap(pairs))
+
+
+def dpo_weights(pairs: PairLogps, *, beta: Positive = 0.1) -> tuple[Tensor, Tensor]:
+    """w_c = w_r = beta s(-z), in (0, beta): largest where the implicit reward ranks the pair wrongly.
+
+    Section 4 of the paper; its Appendix A.4 (Eq. 21-22) prints the sigmoid's argument with the opposite sign.
+    """
+    weight_T = beta * torch.sigmoid(-beta * _gap(pairs))
+    return weight_T, weight_T
+
+
+def logistic_at_start() -> float:
+    """ln 2, for `dpo`, `cdpo` and `robust` whatever their knobs."""
+    return math.log(2.0)
+
+
+def dpo_loss(
+    pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """DPO over B responses and T pairs of positions into them: (losses [T], rewards [B], detached), nats.
+
+    K answers to one prompt cost K log-probabilities, not K(K-1); a response in several pairs receives the sum of
+    their gradients. `pi_logps`, `ref_logps`: [B] summed over completion tokens; `yw_idxs`, `yl_idxs`: [T] integers
+    in [0, B), T = 0 allowed. Raises ValueError on another index, on a pair of a response with itself, on shapes
+    that do not match. Source: arXiv 2305.18290, the listing of Appendix B.
+
+        >>> dpo_loss(pi_logps, ref_logps, torch.tensor([0, 0]), torch.tensor([1, 2]), beta=0.1)
+    """
+    if pi_logps.ndim != 1 or pi_logps.shape != ref_logps.shape:
+        raise ValueError(f"pi_logps and ref_logps must both be [B], not {[*pi_logps.shape]} and {[*ref_logps.shape]}")
+    _check_index_pairs(yw_idxs, yl_idxs, len(pi_logps))
+    log_ratios = pi_logps - ref_logps
+    losses = -logsigmoid(beta * (log_ratios[yw_idxs.long()] - log_ratios[yl_idxs.long()]))
+    return losses, implicit_reward(log_ratios, beta=beta)
+
+
+def implicit_reward(log_ratio: Tensor, *, beta: float) -> Tensor:
+    """r^ = beta log(pi / pi_ref), detached, nats: the reward up to beta log Z(x), which no pair can identify.
+
+    Any shape. Comparable between responses to one prompt only. Source: arXiv 2305.18290 Eq. 5.
+    """
+    return beta * log_ratio.detach()
+
+
+def dpo_rewards(pairs: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:
+    """Implicit rewards (r_w [T], r_l [T]), detached: beta a and beta b."""
+    return implicit_reward(pairs.chosen_log_ratio, beta=beta), implicit_reward(pairs.rejected_log_ratio, beta=beta)
+
+
+# --- labels that may be flipped --------------------------------------------------------------------------------------
+
+
+def cdpo(pairs: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.1) -> Tensor:
+    """L = -(1 - e) log s(z) - e log s(-z), e = `label_smoothing`: cross-entropy to a label that is right with 1 - e.
+
+    Conservative DPO: settles at s(z) = 1 - e instead of pushing for ever; e = 0 is `dpo`.
+    Source: Mitchell, "A note on DPO with noisy preferences", 2023 (ericmitchell.ai/cdpo.pdf).
+    """
+    z = beta * _gap(pairs)
+    return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+
+
+def cdpo_weights(pairs: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.1) -> tuple[Tensor, Tensor]:
+    """w_c = w_r = beta [(1 - e) - s(z)]: negative beyond the target, where the pair is pulled back."""
+    weight_T = beta * ((1 - label_smoothing) - torch.sigmoid(beta * _gap(pairs)))
+    return weight_T, weight_T
+
+
+def robust(pairs: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.1) -> Tensor:
+    """L = [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e): its mean over labels flipped at rate e is DPO's clean loss.
+
+    Robust DPO. Unbounded below: its slope tends to -beta e / (1 - 2e) instead of 0, so it never settles and needs
+    early stopping; e = 0 is `dpo`. Source: arXiv 2403.00409 Section 3.1, e of its Section 6.
+    """
+    z = beta * _gap(pairs)
+    return (label_smoothing * logsigmoid(-z) - (1 - label_smoothing) * logsigmoid(z)) / (1 - 2 * label_smoothing)
+
+
+def robust_weights(
+    pairs: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.1
+) -> tuple[Tensor, Tensor]:
+    """w_c = w_r = beta [(1 - e) s(-z) + e s(z)] / (1 - 2e)."""
+    z = beta * _gap(pairs)
+    mixed_T = (1 - label_smoothing) * torch.sigmoid(-z) + label_smoothing * torch.sigmoid(z)
+    weight_T = beta * mixed_T / (1 - 2 * label_smoothing)
+    return weight_T, weight_T
+
+
+# --- IPO -------------------------------------------------------------------------------------------------------------
+
+
+def ipo(pairs: PairLogps, *, tau: Positive = 0.1) -> Tensor:
+    """L = (D - 1/(2 tau))^2: a finite margin, 1/(2 tau) nats, even where every label is certain.
+
+    pi(y|x) is the probability of the whole response, so D sums over tokens, as the paper writes it; the
+    token-averaged form that some tools call IPO is `ipo_average`. tau is the strength of the KL penalty.
+    Source: arXiv 2310.12036 Eq. 17.
+    """
+    return (_gap(pairs) - 1 / (2 * tau)) ** 2
+
+
+def ipo_weights(pairs: PairLogps, *, tau: Positive = 0.1) -> tuple[Tensor, Tensor]:
+    """w_c = w_r = 2 (1/(2 tau) - D): linear, unbounded, negative beyond the target."""
+    weight_T = 2 * (1 / (2 * tau) - _gap(pairs))
+    return weight_T, weight_T
+
+
+def ipo_at_start(*, tau: float) -> float:
+    """1 / (4 tau^2), summed or averaged."""
+    return 1 / (4 * tau**2)
+
+
+def ipo_rewards(pairs: PairLogps, *, tau: float) -> tuple[Tensor, Tensor]:
+    """(r_w [T], r_l [T]), detached: tau a and tau b; the loss asks for a margin of one half."""
+    return dpo_rewards(pairs, beta=tau)
+
+
+def ipo_average(pairs: PairLogps, *, tau: Positive = 1.0) -> Tensor:
+    """L = (a/n_w - b/n_l - 1/(2 tau))^2: IPO on mean log-ratios per token; another loss, not another scale.
+
+    The target is 1/(2 tau) nats per token: IPO's tau = 0.1 would ask for 5 of them, which no policy reaches, so the
+    default is ten times larger. Source: arXiv 2310.12036 Eq. 17 with the mean of the tokens' log-ratios, the
+    reading of several tools, said by them to be agreed with the authors.
+    """
+    return (_gap_per_token(pairs) - 1 / (2 * tau)) ** 2
+
+
+def ipo_average_weights(pairs: PairLogps, *, tau: Positive = 1.0) -> tuple[Tensor, Tensor]:
+    """w_c = 2 (1/(2 tau) - a/n_w + b/n_l) / n_w, w_r the same over n_l: a long response is moved less."""
+    pull_T = 2 * (1 / (2 * tau) - _gap_per_token(pairs))
+    return pull_T / pairs.chosen_length, pull_T / pairs.rejected_length
+
+
+def ipo_average_rewards(pairs: PairLogps, *, tau: float) -> tuple[Tensor, Tensor]:
+    """(r_w [T], r_l [T]), detached: tau a/n_w and tau b/n_l."""
+    r_w, r_l = ipo_rewards(pairs, tau=tau)
+    return r_w / pairs.chosen_length, r_l / pairs.rejected_length
+
+
+# --- hinge -----------------------------------------------------------------------------------------------------------
+
+
+def hinge(pairs: PairLogps, *, beta: Positive = 0.05) -> Tensor:
+    """L = max(0, 1 - z): only pairs whose margin is below 1/beta nats are pushed, all equally hard.
+
+    SLiC's hinge (arXiv 2305.10425) on log-ratios: the hinge-norm loss of RSO (arXiv 2309.06657), where beta is
+    called gamma and is 0.05.
+    """
+    return relu(1 - beta * _gap(pairs))
+
+
+def hinge_weights(pairs: PairLogps, *, beta: Positive = 0.05) -> tuple[Tensor, Tensor]:
+    """w_c = w_r = beta where z < 1, else 0."""
+    weight_T = beta * (beta * _gap(pairs) < 1).to(pairs.chosen_log_ratio.dtype)
+    return weight_T, weight_T
+
+
+def hinge_at_start() -> float:
+    """1."""
+    return 1.0
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _gap(pairs: PairLogps) -> Tensor:
+    """D = a - b [T]."""
+    return pairs.chosen_log_ratio - pairs.rejected_log_ratio
+
+
+def _gap_per_token(pairs: PairLogps) -> Tensor:
+    """a/n_w - b/n_l [T]. The lengths count tokens; counting non-zero log-ratios would be 0/0 at the start."""
+    return pairs.chosen_log_ratio / pairs.chosen_length - pairs.rejected_log_ratio / pairs.rejected_length
+
+
+def _check_index_pairs(yw_idxs: Tensor, yl_idxs: Tensor, responses: int) -> None:
+    if yw_idxs.ndim != 1 or yw_idxs.shape != yl_idxs.shape:
+        raise ValueError(f"yw_idxs and yl_idxs must both be [T], not {[*yw_idxs.shape]} and {[*yl_idxs.shape]}")
+    for name, idxs in (("yw_idxs", yw_idxs), ("yl_idxs", yl_idxs)):
+        if len(idxs) == 0:  # an empty tensor is float by default
+            continue
+        if idxs.is_floating_point() or idxs.dtype == torch.bool:
+            raise ValueError(f"{name} must hold integer positions, not {idxs.dtype}")
+        if int(idxs.min()) < 0 or int(idxs.max()) >= responses:
+            raise ValueError(f"{name} must lie in [0, {responses}), found {int(idxs.min())} to {int(idxs.max())}")
+    if bool((yw_idxs == yl_idxs).any()):
+        pair = int((yw_idxs == yl_idxs).int().argmax())
+        raise ValueError(f"pair {pair} compares response {int(yw_idxs[pair])} with itself")
