@@ -19,6 +19,7 @@ from torch import Tensor
 
 __all__ = [
     "AttentionPlan",
+    "Ids",
     "PackedBatch",
     "PairIndex",
     "PairLogps",
