@@ -7,9 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from preftune.errors import ConfigError
+from preftune.models.attention import install
 from preftune.models.fresh import tiny_llama, word_tokenizer
 from preftune.models.generate import sample
 from preftune.records import Message
@@ -22,7 +24,9 @@ class Ids:
 
     eos_token_id = EOS
 
-    def __call__(self, text):
+    bos_token_id = None
+
+    def __call__(self, text, add_special_tokens):
         return {"input_ids": [int(word) for word in text.split()]}
 
     def decode(self, ids, skip_special_tokens):
@@ -171,6 +175,36 @@ def test_the_mode_of_the_model_is_restored_and_dropout_is_off(model):
         assert model.training
     finally:
         model.eval()
+
+
+def test_a_tokenizer_that_ends_its_texts_does_not_end_the_prompt():
+    """What encoding puts in front of a prompt stays, what it puts behind is left out; an empty prompt starts at BOS."""
+    tokenizer = word_tokenizer(["The", " film", " was", " good", "."])
+    model = tiny_llama(8, hidden=16, layers=1, heads=2)
+    expected = sample(model, tokenizer, ["The film", ""], n=9, max_tokens=5, seed=0)
+    assert len({answer.text for answer in expected[0]}) > 4
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert sample(model, tokenizer, ["The film", ""], n=9, max_tokens=5, seed=0) == expected
+
+
+def test_a_model_prepared_for_packed_rows_answers_as_it_came():
+    """The packed attention is set aside while sampling and is back afterwards."""
+    tokenizer = word_tokenizer(["The", " film", " was", " good", "."])
+    model = tiny_llama(8, hidden=16, layers=1, heads=2)
+    plain = sample(model, tokenizer, ["The film"], n=9, max_tokens=5, seed=0)
+    assert install(model) is None
+    packed = model.config._attn_implementation
+    assert sample(model, tokenizer, ["The film"], n=9, max_tokens=5, seed=0) == plain
+    assert model.config._attn_implementation == packed
+
+
+def test_progress_counts_every_prompt_once(model):
+    """The numbers told to `progress` sum to the number of prompts."""
+    told = []
+    sample(model, Ids(), ["1", "1 3", "1 4", "1 5", "3"], n=2, max_tokens=2, batch_size=4, progress=told.append)
+    assert told == [2, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,17 @@ neither read nor moved. A prompt is computed once for its n answers; a finished 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from preftune.errors import ConfigError
+from preftune.models.attention import own_attention
 from preftune.records import Prompt, Response
 
 __all__ = ["sample"]
@@ -32,45 +35,49 @@ def sample(
     max_tokens: int = 64,
     seed: int = 0,
     batch_size: int = 64,
+    progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[Response]]:
     """`n` answers to every prompt, in the order of the prompts.
 
     `temperature` divides the logits, 0 takes the most likely token; `top_p` keeps the smallest set of most likely
     tokens whose probability reaches it. `max_tokens` ends an answer, which then is not `finished`; `batch_size`
-    counts answers. A text prompt is encoded by the tokenizer, a conversation by its chat template. Texts hold no
-    special tokens. Raises ConfigError on a value out of range or a prompt that leaves the model no room.
+    counts answers; `progress` is told how many prompts were just answered. A text prompt is encoded by the tokenizer,
+    a conversation by its chat template. Texts hold no special tokens.
+    Raises ConfigError on a value out of range or a prompt that leaves the model no room.
     """
     _check(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, batch_size=batch_size)
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    room = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, encoded), default=0)
-    if room is not None and longest + max_tokens > room:
-        raise ConfigError(
-            f"the longest prompt ({longest} tokens) and max_tokens={max_tokens} exceed the model's {room} positions; "
-            f"lower max_tokens to {room - longest} or shorten the prompt"
-        )
+    _check_room(model, max(map(len, encoded), default=0), max_tokens)
     stops = _stop_ids(model, tokenizer)
-    provenance = (
-        f"{model.name_or_path or model.config.model_type}, temperature {temperature:g}, top_p {top_p:g}, seed {seed}"
-    )
+    writer = model.name_or_path or model.config.model_type
+    provenance = f"{writer}, temperature {temperature:g}, top_p {top_p:g}, seed {seed}"
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers: list[list[Response]] = [[] for _ in prompts]
-    training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(order), max(1, batch_size // n)):
-            rows = order[start : start + max(1, batch_size // n)]
-            uniforms = np.stack(
-                [np.random.default_rng((seed, row, k)).random(max_tokens) for row in rows for k in range(n)]
-            )
+    at_once = max(1, batch_size // n)
+    with _evaluation(model):
+        for start in range(0, len(order), at_once):
+            rows = order[start : start + at_once]
+            streams = [np.random.default_rng((seed, row, k)) for row in rows for k in range(n)]
+            uniforms = np.stack([stream.random(max_tokens) for stream in streams])
             written = _continue(model, [encoded[row] for row in rows], n, uniforms, temperature, top_p, stops)
             for position, ids in enumerate(written):
                 row, finished = rows[position // n], ids[-1] in stops
                 text = _text(tokenizer, encoded[row], ids[:-1] if finished else ids)
                 answers[row].append(Response(text=text, finished=finished, provenance=provenance))
+            progress(len(rows))
+    return answers
+
+
+@contextmanager
+def _evaluation(model: Any) -> Iterator[None]:
+    """Inside, the model runs without dropout and with its own attention; both are as before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with own_attention(model):
+            yield
     finally:
         model.train(training)
-    return answers
 
 
 @torch.no_grad()
@@ -78,7 +85,7 @@ def _continue(
     model: Any,
     prompts: Sequence[Sequence[int]],
     n: int,
-    uniforms: np.ndarray,
+    uniforms: NDArray[np.float64],
     temperature: float,
     top_p: float,
     stops: frozenset[int],
@@ -128,10 +135,14 @@ def _draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: floa
 
 
 def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": message.role, "content": message.content} for message in prompt]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    """The prompt's ids with what the tokenizer puts in front; what it would put behind (EOS) would end the prompt."""
+    if not isinstance(prompt, str):
+        messages = [{"role": message.role, "content": message.content} for message in prompt]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    bare, whole = (list(tokenizer(prompt, add_special_tokens=special)["input_ids"]) for special in (False, True))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    nothing = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return whole[: start + len(bare)] or [nothing]
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -146,6 +157,15 @@ def _text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
     head = tokenizer.decode(prompt, skip_special_tokens=True)
     whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _check_room(model: Any, longest: int, max_tokens: int) -> None:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and longest + max_tokens > room:
+        raise ConfigError(
+            f"the longest prompt ({longest} tokens) and max_tokens={max_tokens} exceed the model's {room} positions; "
+            + (f"lower max_tokens to {room - longest}" if room > longest else "shorten the prompt")
+        )
 
 
 def _check(*, n: int, temperature: float, top_p: float, max_tokens: int, batch_size: int) -> None:
