@@ -241,6 +241,10 @@ ULTRA = Case(
     broken=[
         ({"completions": [{"response": "a", "overall_score": 6}, {"response": "b"}]}, "completions[1].overall_score"),
         ({"completions": [{"response": "a"}, {"response": "b"}]}, "completions[0].overall_score"),
+        (
+            {"completions": [{"response": "a", "overall_score": 6, "score": 1}, {"response": "b", "score": 2}]},
+            "completions[1].overall_score",
+        ),
         ({"completions": [{"response": "a", "score": 1}, {"score": 2}]}, "completions[1].response"),
         ({"completions": [{"response": "a", "score": 1}, {"response": "b", "score": 1}]}, "completions"),
         ({"completions": [{"response": "a", "score": 1}]}, "completions"),

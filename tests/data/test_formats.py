@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,24 @@ def test_each_layout_is_detected_among_all_others() -> None:
         for kind, layouts in LAYOUTS.items():
             if case.format in layouts:
                 assert detect([Row("f:1", row) for row in case.rows], layouts, "f") == case.format, (case.format, kind)
+
+
+def test_the_examples_of_the_documentation_are_read_as_what_they_stand_under(tmp_path: Path) -> None:
+    """docs/data.md: two rows below each layout's name, all of them records, detected as that layout."""
+    examples: dict[str, list[str]] = {}
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for line in page.splitlines():
+        if named := re.match(r"\*\*`(\w+)`\*\*", line):
+            name = named[1]
+        elif line.startswith(("    {", '    "')):
+            examples.setdefault(name, []).append(line.strip())
+    assert examples.keys() == DEMONSTRATIONS.keys()
+    for name, rows in examples.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(rows))
+        source = open_source(path, kind="preferences" if name in PREFERENCES else "demonstrations")
+        assert source.format == name and len(rows) == 2
+        assert not [item for item in source if isinstance(item, Refusal)]
 
 
 def test_an_unknown_format_is_refused_with_the_allowed_ones(tmp_path: Path) -> None:

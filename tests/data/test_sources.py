@@ -140,11 +140,11 @@ def test_a_folder_is_all_its_data_files_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     write_jsonl(tmp_path / "b" / "c.jsonl", ROWS[:1])
     write_jsonl(tmp_path / "a.jsonl", ROWS[1:3])
-    (tmp_path / "z.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\np,a,b\n"))
+    (tmp_path / "0.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\np,a,b\n"))
     (tmp_path / "README.md").write_text("not data")
     write_jsonl(tmp_path / ".hidden.jsonl", ROWS)
     origins = [item.origin.removeprefix(f"{tmp_path}/") for item in open_source(tmp_path, kind="preferences")]
-    assert origins == ["a.jsonl:1", "a.jsonl:2", "b/c.jsonl:1", "z.csv.gz:2"]
+    assert origins == ["0.csv.gz:2", "a.jsonl:1", "a.jsonl:2", "b/c.jsonl:1"]
 
 
 def test_a_scored_table_spread_over_files_keeps_every_place(tmp_path: Path) -> None:
