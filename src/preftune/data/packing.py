@@ -1,0 +1,205 @@
+"""Token groups -> rows a model is fed: each unique token once, in an order that two integers restore.
+
+A response of L tokens is fed without its last one (nothing is predicted from it): the fed sequence of response r is
+`s_r = prompt + response_r[:-1]`, and its L tokens are predicted at the positions `P - 1 ... P + L - 2` of `s_r`.
+
+Legend of shapes: N tokens in one packed row, R responses, S longest fed sequence, C scored tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from preftune.errors import ConfigError, DataError
+from preftune.tensors import AttentionPlan, Ids, PackedBatch, PairIndex, Segment, TokenGroup
+
+__all__ = ["StepPlan", "fed_tokens", "micro_batches", "pack", "pad"]
+
+
+def pack(groups: Sequence[TokenGroup]) -> PackedBatch:
+    """One row: every group is `[shared prefix | rest 1 | rest 2 ...]`, its shared tokens computed once.
+
+    The prefix is the longest common token prefix of the fed sequences and may run into the responses; shared
+    response tokens are still scored once per response. Prefix and first rest are one causal segment; every further
+    rest is a segment that also sees the prefix. A rest may be empty (one response continues another).
+    """
+    assert groups, "a batch holds at least one group"
+    tokens: list[Ids] = []
+    positions: list[NDArray[np.int64]] = []
+    predict_at: list[NDArray[np.int64]] = []
+    segments: list[Segment] = []
+    end = 0
+    for group in groups:
+        first, prompt = end, len(group.prompt)
+        prefix = prompt + _shared(group.responses)
+        for r, response in enumerate(group.responses):
+            own_from = 0 if r == 0 else prefix  # the first response brings the prefix along
+            fed = np.concatenate((group.prompt, response[:-1]))[own_from:]
+            start, end = end, end + len(fed)
+            tokens.append(fed)
+            positions.append(np.arange(own_from, own_from + len(fed)))
+            if len(fed):
+                segments.append(Segment(start, end) if r == 0 else Segment(start, end, first, first + prefix))
+            at = np.arange(prompt - 1, prompt - 1 + len(response))
+            predict_at.append(np.where(at < prefix, first + at, start + at - own_from))
+    return _batch(
+        groups, _row(tokens)[None], _row(positions)[None], _row(predict_at), AttentionPlan(tuple(segments), end)
+    )
+
+
+def pad(groups: Sequence[TokenGroup], *, pad_id: int) -> PackedBatch:
+    """One row per response, `pad_id` on the right: for architectures that cannot share, and the oracle of `pack`."""
+    assert groups, "a batch holds at least one group"
+    fed = [np.concatenate((g.prompt, r[:-1])) for g in groups for r in g.responses]
+    width = max(map(len, fed))
+    input_ids = np.full((len(fed), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    for row, ids in enumerate(fed):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+    prompts = [len(g.prompt) for g in groups for _ in g.responses]
+    predict_at = [
+        row * width + np.arange(p - 1, len(ids)) for row, (p, ids) in enumerate(zip(prompts, fed, strict=True))
+    ]
+    position_ids = torch.arange(width).repeat(len(fed), 1)
+    return _batch(groups, torch.from_numpy(input_ids), position_ids, _row(predict_at), None, torch.from_numpy(mask))
+
+
+def fed_tokens(group: TokenGroup) -> int:
+    """Unique tokens the model is fed for a packed group: P plus every response without its last token, shared once."""
+    shared = _shared(group.responses)
+    return len(group.prompt) + shared + sum(len(r) - 1 - shared for r in group.responses)
+
+
+def micro_batches(
+    groups: Sequence[TokenGroup], *, tokens_per_batch: int, packed: bool, pad_id: int = 0
+) -> list[PackedBatch]:
+    """The groups in as few batches of at most `tokens_per_batch` fed tokens as a greedy rule finds; always the same.
+
+    A group is never split: one that is larger than the budget gets a batch of its own. Packed rows are filled
+    best-fit decreasing; padded rows longest first, where padding counts as fed. Batches, and groups inside a
+    batch, keep the order of `groups`.
+    """
+    if tokens_per_batch < 1:
+        raise ConfigError(f"tokens_per_batch must be at least 1, not {tokens_per_batch}")
+    bins = (
+        _best_fit(list(map(fed_tokens, groups)), tokens_per_batch) if packed else _by_length(groups, tokens_per_batch)
+    )
+    members = [[groups[i] for i in bin_] for bin_ in sorted(map(sorted, bins))]
+    return [pack(m) if packed else pad(m, pad_id=pad_id) for m in members]
+
+
+class StepPlan:
+    """Which groups an optimizer step takes: a function of (epoch, step), the two integers that restore it.
+
+    `batch_size` counts pairs; a demonstration counts one, and a group of more pairs than `batch_size` fills one
+    step. Groups are never split: step k takes those that start before the (k + 1) * batch_size-th pair of the
+    epoch, so a step that runs over leaves less to the next and the mean stays `batch_size`. Every group is used
+    exactly once per epoch; the short last step stays. The order is the data's (`shuffle` False) or a permutation
+    drawn from (seed, epoch).
+
+    Raises ConfigError on a batch size or seed out of range, DataError when there is no group.
+    """
+
+    def __init__(self, groups: Sequence[TokenGroup], *, batch_size: int, seed: int, shuffle: bool) -> None:
+        if batch_size < 1 or seed < 0:
+            raise ConfigError(f"batch_size must be at least 1 and seed at least 0, not {batch_size} and {seed}")
+        if not groups:
+            raise DataError("no row is left to train on; `preftune inspect` says where the rows went")
+        self._groups = groups
+        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
+        self._pairs = np.array([min(max(len(g.pairs), 1), batch_size) for g in groups])
+        # The last group of an epoch may be any group: only what holds for the largest holds in every epoch.
+        self.steps_per_epoch = int(self._pairs.sum() - self._pairs.max()) // batch_size + 1
+        self._epoch = -1
+        self._order = self._step_of = np.empty(0, dtype=np.int64)
+
+    def groups_of(self, epoch: int, step: int) -> list[TokenGroup]:
+        """The groups of step `step` in [0, steps_per_epoch) of `epoch` >= 0."""
+        assert epoch >= 0 and 0 <= step < self.steps_per_epoch, (epoch, step)
+        if epoch != self._epoch:
+            n = len(self._groups)
+            draw = np.random.default_rng([self._seed, epoch])
+            self._order = draw.permutation(n) if self._shuffle else np.arange(n)
+            pairs = self._pairs[self._order]
+            self._step_of = np.minimum((pairs.cumsum() - pairs) // self._batch_size, self.steps_per_epoch - 1)
+            self._epoch = epoch
+        start, end = np.searchsorted(self._step_of, (step, step + 1))
+        return [self._groups[i] for i in self._order[start:end]]
+
+
+def _shared(responses: Sequence[Ids]) -> int:
+    """Length of the longest common prefix of the responses, each without its last token."""
+    n = min(map(len, responses)) - 1
+    same = np.ones(n, dtype=bool)
+    for other in responses[1:]:
+        same &= responses[0][:n] == other[:n]
+    return n if same.all() else int(same.argmin())
+
+
+def _best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Best-fit decreasing: each item, largest first, goes where the least room stays."""
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = bisect_left(free, (sizes[item], -1))
+        room, bin_ = free.pop(at) if at < len(free) else (budget, len(bins))
+        if bin_ == len(bins):
+            bins.append([])
+        bins[bin_].append(item)
+        insort(free, (room - sizes[item], bin_))
+    return bins
+
+
+def _by_length(groups: Sequence[TokenGroup], budget: int) -> list[list[int]]:
+    """Longest first, so that rows of one batch are of similar length: rows x longest stays within the budget."""
+    longest = [len(g.prompt) + max(map(len, g.responses)) - 1 for g in groups]
+    bins: list[list[int]] = []
+    rows = width = 0
+    for item in sorted(range(len(groups)), key=lambda i: (-longest[i], i)):
+        rows += len(groups[item].responses)
+        if not bins or rows * width > budget:
+            bins.append([])
+            rows, width = len(groups[item].responses), longest[item]
+        bins[-1].append(item)
+    return bins
+
+
+def _row(pieces: Iterable[NDArray[np.integer]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(pieces)).astype(np.int64))
+
+
+def _batch(
+    groups: Sequence[TokenGroup],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    predict_at: Tensor,
+    plan: AttentionPlan | None,
+    attention_mask: Tensor | None = None,
+) -> PackedBatch:
+    """Adds what `pack` and `pad` share: targets, lengths and pairs, ordered group, response, time."""
+    responses = [r for g in groups for r in g.responses]
+    before = np.cumsum([0, *(len(g.responses) for g in groups)])
+    pairs = [(at + w, at + l, g.weight) for at, g in zip(before, groups, strict=False) for w, l in g.pairs]
+    chosen, rejected, weight = zip(*pairs, strict=True) if pairs else ((), (), ())
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        plan=plan,
+        attention_mask=attention_mask,
+        predict_at=predict_at,
+        targets=_row(responses),
+        lengths=torch.tensor([len(r) for r in responses]),
+        index=PairIndex(
+            chosen=torch.tensor(chosen, dtype=torch.int64),
+            rejected=torch.tensor(rejected, dtype=torch.int64),
+            weight=torch.tensor(weight, dtype=torch.float32),
+        ),
+        groups=tuple(groups),
+    )
