@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+# What Llama 3 and Qwen merge within: a word with the sign or space before it, up to three digits, line breaks.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 CORPUS = (
     "the cat sat on the mat and the dog ran to the park",
     "a good answer is short and true, a bad answer is long and wrong",
     "once upon a time there was a little girl who liked to read",
+    "two line breaks merge\n\n",
+    "as they do in most tokenizers\n\n",
 )
 
 LLAMA3 = (
@@ -54,19 +61,25 @@ STRIPPING = (
 
 
 def byte_level(
-    *, bos: str | None = "<s>", eos: str | None = "</s>", extra: tuple[str, ...] = (), template: str | None = None
+    *,
+    bos: str | None = "<s>",
+    eos: str | None = "</s>",
+    extra: tuple[str, ...] = (),
+    template: str | None = None,
+    writes_bos: bool = True,
 ) -> Any:
-    """Byte-level BPE, so that decoding is exact; BOS, if any, stands before every plain text."""
+    """Byte-level BPE, so that decoding is exact; BOS, if any, stands before every plain text unless told not to."""
     special = list(dict.fromkeys(token for token in (bos, eos, *extra) if token))
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), to_bytes])
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
-    if bos:
+    if bos and writes_bos:
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
         )

@@ -51,6 +51,8 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 @settings(deadline=None, max_examples=200)
 @given(TEXTS, TEXTS, TEXTS)
 @example("the c", "at sat", "!")
+@example("the\n", "\n cat\n\n", "cat")
+@example("the\n\n", "\n x", "cat")
 @example("", "the", "cat")
 def test_prompt_and_response_decode_to_the_original_text(prompt: str, first: str, second: str) -> None:
     """decode(prompt + response) is BOS, the two texts as they were, EOS: whatever the tokenizer merges."""
@@ -99,6 +101,14 @@ def test_bos_stands_once(prompt: str) -> None:
     assert ("special token in prompt" in row.oddities) == ("<s>" in prompt)
 
 
+def test_a_tokenizer_that_writes_no_bos_is_left_alone() -> None:
+    """Having a BOS token does not mean beginning texts with it (GPT-2, Qwen): nothing is added, nothing is odd."""
+    tokenizer = byte_level(writes_bos=False)
+    row = encoded(tokenizer, pair("the cat", " sat", " ran"))
+    assert row.group.prompt.tolist() == ids(tokenizer, "the cat")
+    assert row.oddities == set()
+
+
 def test_two_spelled_bos_are_reported() -> None:
     """What the text itself doubles is kept, and said."""
     assert "BOS more than once" in encoded(BYTES, pair("<s><s>the", " cat", " dog")).oddities
@@ -106,8 +116,13 @@ def test_two_spelled_bos_are_reported() -> None:
 
 @pytest.mark.parametrize(
     ("tokenizer", "expected"),
-    [(BYTES, [0]), (byte_level(bos=None, eos="<|end|>"), [0]), (PIECES, [1])],
-    ids=["bos", "eos as separator", "sentence piece"],
+    [
+        (BYTES, [0]),
+        (byte_level(writes_bos=False), [0]),
+        (byte_level(bos=None, eos="<|end|>", extra=("<|other|>",)), [0]),
+        (PIECES, [1]),
+    ],
+    ids=["bos", "bos it does not write itself", "eos as separator", "sentence piece"],
 )
 def test_an_empty_prompt_becomes_the_start_of_a_document(tokenizer: Any, expected: list[int]) -> None:
     """BOS, or EOS where there is no BOS, so that the first token is predicted from something."""
@@ -157,9 +172,11 @@ def test_a_response_of_nothing_but_lost_characters_is_refused() -> None:
     assert message == "f:1: chosen: holds no token once the tokenizer is through with it"
 
 
-def test_half_a_character_is_refused() -> None:
+@pytest.mark.parametrize(("prompt", "text", "field"), [("a\ud800", "b", "prompt"), ("b", "a\ud800", "chosen")])
+def test_half_a_character_is_refused(prompt: str, text: str, field: str) -> None:
     """A lone surrogate would stop the tokenizer, and with it the whole data set."""
-    assert refused(BYTES, pair("cat", "a\ud800", "b")) == "f:1: chosen: holds half a character (U+D800 at character 1)"
+    message = refused(BYTES, pair(prompt, text, "c"))
+    assert message == f"f:1: {field}: holds half a character (U+D800 at character 1)"
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), byte_level(bos=None, eos="<|end|>")], ids=["bos", "no bos"])

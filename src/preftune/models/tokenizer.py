@@ -1,0 +1,23 @@
+"""The tokenizer of a model, without its weights: enough to examine data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from preftune.errors import ArtifactError
+from preftune.models.folder import locate
+
+__all__ = ["load_tokenizer"]
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """transformers' tokenizer of a model folder or hub name, checked as a model is. Raises ArtifactError, one line."""
+    folder = locate(name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ArtifactError(f"{folder}: the tokenizer cannot be read: {reason}") from error
