@@ -1,0 +1,204 @@
+"""What a training recipe does around its loop: model in, data in, which step is next, checkpoints, model out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from preftune.data.doctor import check_refusals, prepare
+from preftune.data.packing import StepPlan, fed_tokens, micro_batches
+from preftune.data.sources import open_source
+from preftune.engine.checkpoint import Checkpoints, rng_state, set_rng_state
+from preftune.engine.optim import Optimizer
+from preftune.engine.run import Run
+from preftune.engine.schedule import learning_rate
+from preftune.models.attention import install
+from preftune.models.load import LoadedModel, load, save
+from preftune.models.logprobs import check_packing
+from preftune.recipes.configs import TrainingConfig
+from preftune.recipes.model_card import model_card
+from preftune.records import RunCard
+from preftune.tensors import PackedBatch, TokenGroup
+
+__all__ = ["MAY_DIFFER", "Batching", "Loop", "open_model", "read_data"]
+
+# Settings that do not change the trajectory: a resumed run may change them.
+MAY_DIFFER = frozenset({"resume", "out", "save_every", "allow_refused"})
+CHECKED = 8
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How groups become micro-batches on one model: packed rows, or padded ones where packing is not served."""
+
+    tokens_per_batch: int
+    packed: bool
+    pad_id: int
+    device: torch.device
+
+    def __call__(self, groups: Sequence[TokenGroup]) -> Iterator[PackedBatch]:
+        budget = self.tokens_per_batch
+        for batch in micro_batches(groups, tokens_per_batch=budget, packed=self.packed, pad_id=self.pad_id):
+            yield batch.to(self.device)
+
+    def check(self, model: nn.Module, groups: Sequence[TokenGroup]) -> None:
+        """Our log-probs equal those of each sequence alone, on the longest group and the first few, or the run stops.
+
+        The longest is among them because a sliding window shows only in sequences that outgrow it.
+        """
+        longest = max(groups, key=fed_tokens)
+        for batch in self([longest, *groups[:CHECKED]]):
+            check_packing(model, batch)
+
+
+def open_model(name: str, cfg: TrainingConfig, run: Run, *, role: str = "model") -> tuple[LoadedModel, Batching]:
+    """Load a model on the configured device and dtype, and decide between packed and padded rows."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[automatic if cfg.dtype == "auto" else cfg.dtype]
+    loaded = load(name, dtype=dtype, device=device)
+    run.record(hashes={f"{role}_weights": loaded.weights_sha256, f"{role}_tokenizer": loaded.tokenizer_sha256})
+    reason = install(loaded.model)
+    rows = "packed rows" if reason is None else f"padded rows, because {reason}"
+    for note in (*loaded.notes, f"{name}: {str(dtype).removeprefix('torch.')} on {device}, {rows}"):
+        run.note(note)
+    if cfg.activation_checkpointing:
+        loaded.model.activation_checkpointing_enable({"use_reentrant": False})
+        loaded.model.train()  # transformers checkpoints in training mode only; dropout is 0 everywhere
+    pad_id = loaded.tokenizer.pad_token_id
+    return loaded, Batching(cfg.tokens_per_batch, reason is None, 0 if pad_id is None else pad_id, device)
+
+
+def read_data(
+    cfg: TrainingConfig, tokenizer: Any, run: Run, *, kind: Literal["preferences", "demonstrations"]
+) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """(train, held-out) groups; a prompt of the held-out set is never trained on.
+
+    Every row is accounted for in the run card before anything can be refused. Raises DataError.
+    """
+    held_out: list[TokenGroup] = []
+    keys: frozenset[str] = frozenset()
+    if cfg.eval_data:
+        held_out, keys = _examine(cfg.eval_data, "eval", cfg, tokenizer, run, kind)
+    train, _ = _examine(cfg.data, "train", cfg, tokenizer, run, kind, keys)
+    return train, held_out
+
+
+def _examine(
+    path: str,
+    role: str,
+    cfg: TrainingConfig,
+    tokenizer: Any,
+    run: Run,
+    kind: Any,
+    held_out: frozenset[str] = frozenset(),
+) -> tuple[list[TokenGroup], frozenset[str]]:
+    source = open_source(path, kind=kind, format=cfg.format)
+    prepared = prepare(
+        source, tokenizer, max_length=cfg.max_length, truncation=cfg.truncation, pairs=cfg.pairs, seed=cfg.seed,
+        held_out=held_out,
+    )  # fmt: skip
+    facts = {"path": path, "format": source.format, "sha256": source.sha256}
+    run.record(data={role: facts | prepared.report.to_dict()})
+    for line in (f"{role} data {path}: {source.format}", *prepared.report.summary_lines()):
+        run.note(line)
+    check_refusals(prepared.report, cfg.allow_refused, write_to=run.folder / f"refused-{role}.txt")
+    return prepared.groups, prepared.report.prompt_keys
+
+
+class Loop:
+    """The bookkeeping of a training loop: which step, which groups, which learning rate, when to save, when to stop.
+
+    The data order is a function of (seed, epoch) and the position in the epoch; both follow from one step count, so a
+    checkpoint is that count, the optimizer's tensors, the random number states and the counters of early stopping.
+    """
+
+    def __init__(self, cfg: TrainingConfig, run: Run, plan: StepPlan, model: LoadedModel, *, peak_lr: float) -> None:
+        self.cfg, self.run, self.plan, self.model, self.peak_lr = cfg, run, plan, model, peak_lr
+        self.optimizer = Optimizer(
+            model.model,
+            name=cfg.optimizer,
+            weight_decay=cfg.weight_decay,
+            max_grad_norm=cfg.max_grad_norm,
+            seed=cfg.seed,
+        )
+        whole = cfg.epochs * plan.steps_per_epoch
+        self.total_steps = min(cfg.max_steps or whole, whole)
+        self.step = 0
+        self._patience: dict[str, Any] = {"best": None, "step": 0, "waited": 0}
+        self._checkpoints = Checkpoints(run.folder / "checkpoints")
+        self._best = Checkpoints(run.folder / "best", keep=1)
+        if cfg.resume:
+            self._restore(self._checkpoints)
+
+    def steps(self) -> Iterator[tuple[int, list[TokenGroup], float]]:
+        """(step counted from 1, its groups, its learning rate) until the end, a stop signal, or no more improvement."""
+        cfg, run = self.cfg, self.run
+        run.begin(self.total_steps, self.step)
+        while self.step < self.total_steps and not self._out_of_patience:
+            epoch, position = divmod(self.step, self.plan.steps_per_epoch)
+            self.step += 1
+            lr = learning_rate(
+                self.step,
+                peak=self.peak_lr,
+                schedule=cfg.schedule,
+                warmup_steps=cfg.warmup_steps,
+                total_steps=self.total_steps,
+            )
+            yield self.step, self.plan.groups_of(epoch, position), lr
+            stopping = run.stop_signal is not None
+            if stopping or self.due(cfg.save_every) or self.step == self.total_steps:
+                self._save(self._checkpoints)
+            if stopping:
+                return
+
+    def due(self, every: int) -> bool:
+        """Is the step in hand a multiple of `every`? 0 means never."""
+        return every > 0 and self.step % every == 0
+
+    def evaluated(self, metrics: dict[str, Any]) -> None:
+        """Record an evaluation; with `early_stop`, keep the best weights and count evaluations without improvement."""
+        self.run.evaluated(self.step, metrics)
+        if not self.cfg.early_stop:
+            return
+        if self._patience["best"] is None or metrics["loss"] < self._patience["best"]:
+            self._patience = {"best": metrics["loss"], "step": self.step, "waited": 0}
+            self._save(self._best)
+        else:
+            self._patience["waited"] += 1
+
+    def finish(self, *, results: Callable[[], dict[str, Any]], method: str) -> RunCard:
+        """Write the model folder and close the run card; a stopped run keeps its checkpoint instead."""
+        if self.run.stop_signal is not None and self.step < self.total_steps:
+            return self.run.finish({"steps": self.step})
+        if self.cfg.early_stop and self._patience["step"] not in (0, self.step):
+            self.run.note(f"best held-out loss at step {self._patience['step']}: its weights are the result")
+            self._restore(self._best)
+        numbers = results()
+        if numbers:
+            self.run.evaluated(self.step, numbers)
+        self.run.record(results={"steps": self.step, **numbers})
+        card = model_card(self.run.card, base_model=self.cfg.model, method=method)
+        save(self.model.model, self.model.tokenizer, self.run.folder / "model", state=None, card=card)
+        return self.run.finish({})
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return self.cfg.early_stop > 0 and self._patience["waited"] >= self.cfg.early_stop
+
+    def _save(self, where: Checkpoints) -> None:
+        state = {"step": self.step, "rng": rng_state(), "patience": self._patience}
+        where.save(self.step, self.optimizer.tensors(), state)
+
+    def _restore(self, where: Checkpoints) -> None:
+        checkpoint = where.latest(self.run.note)
+        if checkpoint is None:
+            return
+        self.optimizer.load(checkpoint.tensors)
+        set_rng_state(checkpoint.state["rng"])
+        self.step, self._patience = checkpoint.state["step"], checkpoint.state["patience"]
+        self.run.note(f"continuing from the checkpoint of step {self.step}")
