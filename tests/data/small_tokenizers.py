@@ -122,6 +122,12 @@ def family(name: str) -> Any:
             bos="<bos>", eos="<eos>", extra=("<start_of_turn>", "<end_of_turn>"), template=GEMMA
         ),
         "zephyr": lambda: byte_level(template=ZEPHYR),
+        "two_marks": lambda: byte_level(
+            bos=None,
+            eos="</s>",
+            extra=("<|im_start|>", "<|im_end|>"),
+            template=CHATML.replace("'\n' }}{% endf", "'</s>' }}{% endf"),
+        ),
         "mistral": lambda: byte_level(template=MISTRAL),
         "without_end": lambda: byte_level(template=WITHOUT_END),
         "thinking": lambda: byte_level(bos=None, eos="<|im_end|>", extra=("<|im_start|>",), template=THINKING),

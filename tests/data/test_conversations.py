@@ -24,6 +24,7 @@ FAMILIES = [
     ("gemma", "<end_of_turn>", {"end of turn is not EOS"}),
     ("zephyr", "</s>", {"no BOS"}),
     ("mistral", "</s>", {"no generation prompt"}),
+    ("two_marks", "</s>", set()),
     ("without_end", "</s>", {"no end of turn", "no BOS"}),
 ]
 
@@ -107,6 +108,17 @@ def test_a_template_that_prompts_for_thoughts_and_does_not_render_them_keeps_the
     row = encoded(tokenizer, QUESTION, "short\n</think>\n\nsat", "ran")
     assert tokenizer.decode(row.group.prompt).endswith("<|im_start|>assistant\n<think>\n")
     assert [tokenizer.decode(r) for r in row.group.responses] == ["short\n</think>\n\nsat<|im_end|>", "ran<|im_end|>"]
+    assert row.oddities == {"template rewrites"}
+
+
+def test_a_template_that_prompts_with_another_header_than_it_renders_is_counted() -> None:
+    """The answer is found in the rendered turn, but not behind the prompt that generation shows."""
+    template = family("chatml").chat_template
+    tokenizer = family("chatml")
+    tokenizer.chat_template = template.replace("<|im_start|>assistant", "<|im_start|>ASSISTANT")
+    row = encoded(tokenizer, QUESTION, "sat")
+    assert tokenizer.decode(row.group.prompt).endswith("<|im_start|>ASSISTANT\n")
+    assert tokenizer.decode(row.group.responses[0]) == "sat<|im_end|>"
     assert row.oddities == {"template rewrites"}
 
 

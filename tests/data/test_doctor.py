@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -11,14 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from small_tokenizers import byte_level, family
 
 from preftune.data.conversations import prompt_key
 from preftune.data.doctor import DataReport, Prepared, check_refusals, prepare
 from preftune.data.report import ODDITIES
 from preftune.data.truncation import Truncation
-from preftune.data.view import example
 from preftune.errors import ConfigError, DataError
 from preftune.records import Demonstration, Message, RankedResponses, Refusal, Response
 from preftune.tensors import TokenGroup
@@ -353,54 +350,13 @@ def test_nothing_left_is_an_error_even_when_allowed() -> None:
         check_refusals(doctor(pair("the", " a", " a")).report, 5)
 
 
-def shown(group: TokenGroup, tokenizer: Any = TOKENIZER, *, terminal: bool = False) -> str:
-    out = io.StringIO()
-    colours = "standard" if terminal else None
-    Console(file=out, force_terminal=terminal, color_system=colours, width=200).print(example(group, tokenizer))
-    return out.getvalue()
-
-
-def test_an_example_shows_what_is_scored_without_colour() -> None:
-    """In a log file the marks | + - say what colour says on a terminal; end marks are visible."""
-    assert shown(doctor(pair("the\n cat", " sat", " ran")).groups[0]) == (
-        "f:1\n"
-        "  prompt: 4 tokens, not scored\n    | <s>the\n    |  cat\n"
-        "  chosen: 2 tokens, scored, ends with </s>\n    +  sat</s>\n"
-        "  rejected: 2 tokens, scored, ends with </s>\n    -  ran</s>\n\n"
-    )  # fmt: skip
-
-
-def test_an_example_is_coloured_on_a_terminal_and_cannot_command_it() -> None:
-    """Prompt dim, chosen green, rejected red; escape sequences in the data are shown, not obeyed."""
-    text = shown(doctor(pair("the", " \x1b[2Jsat", " ran")).groups[0], terminal=True)
-    assert "\x1b[2mthe" in text.replace("\x1b[1;2;7m<s>\x1b[0m", "")
-    assert "\x1b[32m \\x1b[2Jsat" in text
-    assert "\x1b[31m ran" in text
-    assert "\x1b[2J" not in text
-
-
-def test_an_example_of_a_ranking_names_its_pairs() -> None:
-    """A response that wins and loses is marked apart."""
-    text = shown(doctor(ranking(1, 2, 3)).groups[0])
-    assert "f:1, pairs (chosen > rejected): 0 > 1, 0 > 2, 1 > 2" in text
-    assert [line.strip() for line in text.split("\n") if "</s>" in line and ":" not in line] == [
-        "+  a</s>", "*  b</s>", "-  c</s>"
-    ]  # fmt: skip
-
-
-def test_a_cut_response_is_shown_without_end_mark() -> None:
-    """Nothing is drawn that is not trained on."""
-    text = shown(doctor(LONG, max_length=20, truncation="response").groups[0])
-    assert "tokens, scored, no end mark" in text
-
-
 def test_conversations_go_through_the_same_examination() -> None:
     """Messages and plain strings differ in rendering only."""
     prompt = (Message(role="user", content="the cat"),)
     row = pair(prompt, "sat", "ran", origin="f:1")
     prepared = prepare([row, row], family("chatml"), max_length=100, truncation="refuse")
     assert counts(prepared.report) == (2, 1, 0, 0, 1)
-    assert "+ sat<|im_end|>" in shown(prepared.groups[0], family("chatml"))
+    assert [family("chatml").decode(r) for r in prepared.groups[0].responses] == ["sat<|im_end|>", "ran<|im_end|>"]
 
 
 def test_every_oddity_a_row_can_have_has_a_meaning() -> None:
