@@ -174,6 +174,12 @@ def test_clusters_widen_the_interval_to_what_independence_allows() -> None:
     assert covered[False] / 150 < 0.65
 
 
+def test_clusters_of_unequal_size_weigh_by_their_items() -> None:
+    """The mean is over items, not over clusters: a difference that never varies has an interval without width."""
+    clusters = ["a"] * 9 + ["b"] * 2 + ["c"]
+    assert paired_bootstrap([3.0] * 12, [1.0] * 12, clusters=clusters, resamples=200) == Interval(2.0, 2.0, 2.0, 12)
+
+
 def test_bootstrap_is_deterministic_in_its_seed_and_refuses_unequal_lengths() -> None:
     """The same seed gives the same interval, another one another; unpaired data raise."""
     values = np.random.default_rng(5).normal(size=30)
