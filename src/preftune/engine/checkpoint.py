@@ -90,10 +90,13 @@ class Checkpoints:
                 final.rename(replaced)  # `latest` still finds it there
             temporary.rename(final)
             sync_folder(self.folder)
-            self._remove_older(step)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(self._cannot_save(final, needed, error)) from error
+        try:
+            self._remove_older(step)
+        except OSError as error:
+            raise RunError(f"{final} is saved, but an older checkpoint could not be removed: {error}") from error
         return final
 
     def latest(self, say: Callable[[str], None]) -> Checkpoint | None:
