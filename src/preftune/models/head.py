@@ -1,0 +1,162 @@
+"""log-probabilities of given tokens under a vocabulary projection that never exists as a whole.
+
+For scored token t with hidden state h_t and target y_t, vocabulary V, projection W, bias b:
+
+    z_t = softcap(scale * (W h_t + b))                softcap(z) = c tanh(z / c), or z
+    log p_t = z_t[y_t] - logsumexp(z_t)
+    d log p_t / d z_t = onehot(y_t) - softmax(z_t)
+
+The vocabulary is walked in blocks small enough for a processor's cache; every block holds *all* C tokens. So a block's
+weight gradient is one matrix product, accumulated in float32 inside it and rounded once, and the forward needs only
+a running maximum and sum per token. The backward computes the logits again: 8 V d FLOP per token instead of 6, and
+nothing of size [C, V] is ever held.
+
+Legend of shapes: C scored tokens, V vocabulary entries, B entries of one block, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["token_logprobs"]
+
+# Logits held at a time: a few megabytes on a CPU (its cache), enough to fill an accelerator elsewhere.
+_BLOCK_ELEMENTS = {"cpu": 2**21}
+_BLOCK_ELEMENTS_ELSE = 2**27
+
+
+def token_logprobs(
+    hidden_Cd: Tensor,
+    weight_Vd: Tensor,
+    targets_C: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """[C] log softmax(softcap(scale * (hidden W^T + bias)))[target] in nats, float32 (float64 from float64 input).
+
+    The matrix products run in the weight's dtype, all else in float32; gradients come back in the dtype of what they
+    belong to. What needs no gradient costs nothing in the backward. `chunk` is the number of vocabulary entries of a
+    block, by default as many as fit a fixed number of logits. `targets_C` is int64 in [0, V).
+    """
+    if chunk is None:
+        elements = _BLOCK_ELEMENTS.get(hidden_Cd.device.type, _BLOCK_ELEMENTS_ELSE)
+        chunk = max(64, elements // max(1, len(hidden_Cd)))
+    logps: Tensor = _TokenLogprobs.apply(hidden_Cd, weight_Vd, bias, targets_C, softcap, scale, chunk)
+    return logps
+
+
+class _Blocks:
+    """Walks the vocabulary; one workspace serves all blocks."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, chunk: int
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden.to(weight.dtype), weight, bias
+        self.softcap, self.scale, self.chunk = softcap, scale, chunk
+        size = len(hidden) * min(chunk, len(weight))
+        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self._product = weight.new_empty(size)
+        self._logits = self._product if weight.dtype == self.dtype else weight.new_empty(size, dtype=self.dtype)
+
+    def by_target(self, targets: Tensor) -> tuple[Tensor, list[int]]:
+        """Token numbers sorted by target, and where in them each block's begin: `order[at[i] : at[i + 1]]`."""
+        in_order, order = targets.sort()
+        edges = torch.arange(0, len(self.weight) + self.chunk, self.chunk, device=targets.device)
+        return order, torch.searchsorted(in_order, edges).tolist()
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first entry, logits [C, B] to overwrite, room [C, B] in the weight's dtype, possibly the same memory)."""
+        for low in range(0, len(self.weight), self.chunk):
+            rows = self.weight[low : low + self.chunk]
+            shape = len(self.hidden), len(rows)
+            product = self._product[: shape[0] * shape[1]].view(shape)
+            logits = self._logits[: shape[0] * shape[1]].view(shape)
+            torch.mm(self.hidden, rows.t(), out=product)
+            if logits is not product:
+                logits.copy_(product)
+            if self.bias is not None:
+                logits.add_(self.bias[low : low + self.chunk])
+            if self.scale != 1.0:
+                logits.mul_(self.scale)
+            if self.softcap is not None:
+                logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            yield low, logits, product
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        scale: float,
+        chunk: int,
+    ) -> Tensor:
+        blocks = _Blocks(hidden, weight, bias, softcap, scale, chunk)
+        order, at = blocks.by_target(targets)
+        lowest = torch.finfo(blocks.dtype).min  # not -inf: -inf - -inf is NaN
+        maximum = hidden.new_full((len(hidden),), lowest, dtype=blocks.dtype)
+        total = torch.zeros_like(maximum)
+        at_target = torch.empty_like(maximum)
+        for i, (low, logits, _) in enumerate(blocks):
+            own = order[at[i] : at[i + 1]]
+            at_target[own] = logits[own, targets[own] - low]
+            higher = torch.maximum(maximum, logits.amax(1))
+            total.mul_((maximum - higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
+            maximum = higher
+        lse = maximum + total.log()
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.settings = softcap, scale, chunk
+        return at_target - lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_C: Tensor) -> tuple[Tensor | None, ...]:
+        """With g_t upstream: d hidden = g (onehot - p) W, d W = (onehot - p)^T (g hidden): g never meets [C, B]."""
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        softcap, scale, chunk = ctx.settings
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        blocks = _Blocks(hidden, weight, bias, softcap, scale, chunk)
+        order, at = blocks.by_target(targets)
+        # What is computed below is p - onehot, so the sign joins the scale.
+        factor = (-scale * grad_C).to(blocks.dtype)
+        scaled = (hidden * factor[:, None]).to(weight.dtype) if needs_weight else None
+        d_hidden = torch.zeros_like(hidden, dtype=blocks.dtype) if needs_hidden else None
+        d_weight = torch.empty_like(weight) if needs_weight else None
+        d_bias = bias.new_empty(bias.shape, dtype=blocks.dtype) if needs_bias else None
+        for i, (low, logits, room) in enumerate(blocks):
+            own = order[at[i] : at[i + 1]]
+            slope = None if softcap is None else 1 - (logits / softcap).square_()
+            logits.sub_(lse[:, None]).exp_()
+            logits[own, targets[own] - low] -= 1
+            if slope is not None:
+                logits.mul_(slope)
+            columns = slice(low, low + logits.shape[1])
+            if d_bias is not None:
+                torch.mv(logits.t(), factor, out=d_bias[columns])
+            if room is not logits:
+                room.copy_(logits)
+            if d_weight is not None and scaled is not None:
+                torch.mm(room.t(), scaled, out=d_weight[columns])
+            if d_hidden is not None:
+                d_hidden += torch.mm(room, weight[columns])
+        return (
+            None if d_hidden is None else d_hidden.mul_(factor[:, None]).to(hidden.dtype),
+            d_weight,
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

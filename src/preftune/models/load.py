@@ -1,0 +1,223 @@
+"""A folder or hub name <-> a model and its tokenizer: complete or refused, the same bytes every time.
+
+Nothing is guessed: a weight that is missing is not drawn at random, one that fits nowhere is not dropped, and what
+was loaded is named by its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from preftune.errors import ArtifactError, RunError
+from preftune.models.folder import locate
+from preftune.models.tokenizer import load_tokenizer
+
+__all__ = ["LoadedModel", "active_dropouts", "load", "quiet", "save", "weights_sha256"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoadedModel:
+    """A causal LM ready to train: every dropout 0, evaluation mode, all parameters of one dtype on one device."""
+
+    model: Any
+    """transformers' PreTrainedModel with a language-model head."""
+    tokenizer: Any
+    """transformers' PreTrainedTokenizer."""
+    weights_sha256: str
+    """Of all tensors as loaded, dtype included: two names with equal content have equal hashes."""
+    tokenizer_sha256: str
+    """Of vocabulary, merges, normalisation, special tokens and chat template."""
+    notes: tuple[str, ...]
+    """What was decided or is worth knowing, one line each."""
+
+
+def load(name: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> LoadedModel:
+    """The model and tokenizer of a folder, or of a hub repository; works offline for folders.
+
+    Raises ArtifactError, one line, when something is absent, unsafe, of another architecture, has weights that are
+    missing, left over or of another shape, or a tokenizer with more entries than the model has embeddings.
+    """
+    folder = locate(name)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            dropouts = _without_dropout(config)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # listed in `info` with both shapes, and refused below
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+            raise ArtifactError(f"{folder}: the model cannot be read: {_first_line(error)}") from error
+        tokenizer = load_tokenizer(folder)
+    _refuse_incomplete(folder, info)
+    rows, entries = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values(), default=-1) + 1
+    if entries > rows:
+        raise ArtifactError(
+            f"{folder}: the tokenizer knows {entries} tokens but the model embeds {rows}; "
+            "they do not belong together, or tokens were added without resizing the model"
+        )
+    for module, attribute, p in active_dropouts(model):
+        setattr(module, attribute, 0.0)
+        dropouts.append(p)
+    notes = []
+    if dropouts:
+        notes.append(f"dropout {max(dropouts):g} set to 0: preference losses compare exact log-probabilities")
+    if tokenizer.pad_token is None:
+        notes.append("no pad token: not needed")
+    return LoadedModel(
+        model=model.eval().to(device),
+        tokenizer=tokenizer,
+        weights_sha256=weights_sha256(model),
+        tokenizer_sha256=_tokenizer_sha256(tokenizer),
+        notes=tuple(notes),
+    )
+
+
+def save(model: Any, tokenizer: Any, folder: str | Path, *, state: Mapping[str, Tensor] | None, card: str) -> None:
+    """Write a plain Hugging Face folder with `card` as its README.md: whole or not at all.
+
+    `state` replaces weights by name (float32 masters for bf16 weights; a tied weight once), and the configuration's
+    dtype follows. Everything is written and fsynced beside `folder` and then renamed; a folder already there is
+    replaced. Raises RunError when it cannot be written; what was there before is then still there.
+    """
+    folder = Path(folder)
+    temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        weights = _replaced(model.state_dict(), state or {})
+        with quiet():
+            model.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+            tokenizer.save_pretrained(temporary)
+        _write_dtype(temporary / "config.json", weights)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except (OSError, ValueError, SafetensorError) as error:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        raise RunError(f"the model cannot be written to {folder}: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over every tensor of the state, sorted by name: name, shape, dtype, bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def active_dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """(module, attribute, probability) of every dropout above 0, in layers and in attributes attention reads."""
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.Dropout) else [n for n in vars(module) if "drop" in n]
+        for name in names:
+            value = getattr(module, name)
+            if isinstance(value, float) and value > 0:
+                yield module, name, value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers shows no progress bar and logs errors only: what matters is refused or noted by us."""
+    log = transformers.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _without_dropout(config: Any) -> list[float]:
+    """Sets every dropout of the configuration to 0, before modules copy it; what was there above 0."""
+    found = []
+    for name, value in list(vars(config).items()):
+        if "drop" in name and isinstance(value, float) and value > 0:
+            setattr(config, name, 0.0)
+            found.append(value)
+    return found
+
+
+def _refuse_incomplete(folder: Path, info: Any) -> None:
+    for kind, what in (
+        ("missing_keys", "weights are missing and would be drawn at random"),
+        ("unexpected_keys", "weights fit nowhere in this architecture and would be dropped"),
+        ("mismatched_keys", "weights have another shape than config.json says"),
+        ("error_msgs", "errors while loading"),
+    ):
+        items = sorted(map(str, info.get(kind, ())))
+        if items:
+            more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+            raise ArtifactError(f"{folder}: {what}: {', '.join(items[:3])}{more}; is this a causal language model?")
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = {
+        "vocabulary": backend.to_str() if backend is not None else tokenizer.get_vocab(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+        "class": type(tokenizer).__name__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _replaced(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with replacements; names that share memory (tied weights) are replaced together."""
+    unknown = sorted(set(state) - set(own)) or [n for n, t in state.items() if t.shape != own[n].shape]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no weight of this model, or of another shape")
+    by_memory = {own[name].data_ptr(): tensor for name, tensor in state.items()}
+    return {name: by_memory.get(tensor.data_ptr(), tensor) for name, tensor in own.items()}
+
+
+def _write_dtype(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """transformers writes the module's dtype; what counts is that of the tensors beside it."""
+    widest = max((t.dtype for t in weights.values() if t.is_floating_point()), key=lambda d: d.itemsize)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(widest).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
