@@ -91,16 +91,21 @@ def dies_at_sync(root: Path, count: int, nth: int, synced: bool) -> None:
     fill(root, count)
 
 
+def killed_midway(root: Path, count: int, index_bytes: float) -> None:
+    """Be killed from outside, at some instant after the index has grown to so many bytes."""
+    pid = in_child(lambda: fill(root, count))
+    while sum(path.stat().st_size for path in root.glob("reference/*/index")) < index_bytes:
+        time.sleep(0.0005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def main(folder: Path) -> None:
     count = 40
-    begun = time.monotonic()
     assert os.waitpid(in_child(lambda: fill(folder / "whole", count)), 0)[1] == 0
-    seconds = time.monotonic() - begun
+    whole = next(folder.glob("whole/reference/*/index")).stat().st_size
     for i in range(12):
-        pid = in_child(lambda i=i: fill(folder / f"time-{i:02}", count))
-        time.sleep(seconds * (i + 0.5) / 12)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        killed_midway(folder / f"time-{i:02}", count, whole * (i + 0.5) / 12)
     for nth in (1, 2, 3, 4, 9, 10, 21, 22):
         for synced in (False, True):
             root = folder / f"sync-{nth}-{synced}"

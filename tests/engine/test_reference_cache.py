@@ -24,6 +24,12 @@ WRITER = Path(__file__).with_name("cache_writer.py")
 GROUPS = make_groups(40)
 
 
+@pytest.fixture(autouse=True)
+def _flush_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on how fast the machine is: nothing is flushed by the clock."""
+    monkeypatch.setattr(reference_cache, "FLUSH_SECONDS", float("inf"))
+
+
 def files(cache: ReferenceCache) -> tuple[Path, Path]:
     return cache.folder / "values.f32", cache.folder / "index"
 
@@ -77,11 +83,15 @@ def test_responses_are_found_again_in_other_pairs_and_groups(tmp_path: Path) -> 
     filled(tmp_path, [group([1], [2, 3], [4])])
     cache = ReferenceCache(IDENTITY, tmp_path)
     regrouped = [group([1], [4], [5, 6], [2, 3]), group([1], [5, 6]), group([9], [2, 3], [4])]
-    partial, other = cache.missing(regrouped)
+    partial, other = cache.missing([*regrouped, *regrouped])
     assert [r.tolist() for r in partial.responses] == [[5, 6]] and partial.pairs == () and partial.origin == "a.jsonl:1"
     assert other is regrouped[2]
     assert (cache.hits, cache.computed) == (2, 0)
     cache.append([partial, other], logps([partial, other]))
+    assert (cache.hits, cache.computed) == (2, 3)
+    cache.append([partial], logps([partial]))
+    cache.flush()
+    cache.append([partial], logps([partial]))
     assert (cache.hits, cache.computed) == (2, 3)
     assert cache.missing(regrouped) == [] and torch.equal(cache.lookup(regrouped), logps(regrouped))
 
@@ -133,7 +143,7 @@ def test_killed_at_any_instant_the_cache_holds_what_is_right_and_misses_the_rest
 
     And two processes that fill one cache at once, from both ends, leave each entry there once.
     """
-    subprocess.run([sys.executable, str(WRITER), str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, str(WRITER), str(tmp_path)], check=True, timeout=120)
     assert known_and_right(tmp_path / "whole", GROUPS) == 40
     killed = sorted(path for path in tmp_path.iterdir() if path.name.startswith(("time", "sync")))
     found = {path.name: known_and_right(path, GROUPS) for path in killed}
@@ -170,6 +180,17 @@ def test_an_index_cut_anywhere_loses_only_what_was_cut(tmp_path: Path) -> None:
         fill_again.append(todo, logps(todo))
         fill_again.flush()
         assert values.read_bytes() == whole_values and index.read_bytes() == whole_index
+
+
+def test_a_torn_tail_longer_than_what_is_added_next_does_no_harm(tmp_path: Path) -> None:
+    """A large batch was lost half-way; the next writer cuts its remains off instead of writing over a part."""
+    values, index = files(filled(tmp_path, GROUPS[:1]))
+    for path in (values, index):
+        path.write_bytes(path.read_bytes() + bytes(3001))
+    for group_ in GROUPS[1:4]:
+        filled(tmp_path, [group_])
+    assert known_and_right(tmp_path, GROUPS) == 4
+    assert values.stat().st_size == 4 * len(logps(GROUPS[:4]))
 
 
 def test_a_flipped_bit_is_never_returned_as_a_number(tmp_path: Path) -> None:
@@ -267,6 +288,7 @@ def test_values_reach_the_disk_before_the_line_that_names_them(tmp_path: Path, m
 def test_what_a_kill_can_cost_is_bounded_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seconds after the last flush the next append goes to the disk by itself, not before."""
     now = [100.0]
+    monkeypatch.setattr(reference_cache, "FLUSH_SECONDS", 2.0)
     monkeypatch.setattr(reference_cache.time, "monotonic", lambda: now[0])
     cache = ReferenceCache(IDENTITY, tmp_path)
     for seconds, stored in ((1.9, 0), (2.1, 2), (3.0, 2), (4.2, 4)):
@@ -309,7 +331,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path, monkeyp
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"\(Not a directory\); set PREFTUNE_CACHE to a folder that can be written"):
         ReferenceCache(IDENTITY, tmp_path / "file")
-    filled(tmp_path, GROUPS[:4])
+    used = filled(tmp_path, GROUPS[:4])
     real = open
 
     def read_only(path, mode="r", *rest, **options):
@@ -318,8 +340,8 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path, monkeyp
         return real(path, mode, *rest, **options)
 
     monkeypatch.setattr("builtins.open", read_only)
-    cache = ReferenceCache(IDENTITY, tmp_path)
-    assert cache.missing(GROUPS[:4]) == [] and torch.equal(cache.lookup(GROUPS[:4]), logps(GROUPS[:4]))
+    for cache in (used, ReferenceCache(IDENTITY, tmp_path)):
+        assert cache.missing(GROUPS[:4]) == [] and torch.equal(cache.lookup(GROUPS[:4]), logps(GROUPS[:4]))
     cache.append(GROUPS[4:5], logps(GROUPS[4:5]))
     with pytest.raises(ArtifactError, match=r"\(Permission denied\); set PREFTUNE_CACHE to a folder"):
         cache.flush()

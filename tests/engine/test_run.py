@@ -155,13 +155,20 @@ def test_the_card_is_the_old_one_or_the_new_one_when_the_disk_fails(
 
 
 def test_a_full_disk_ends_the_run_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names the file, the cause and the free space; the first error is the one that is raised."""
-    with pytest.raises(RunError, match=r"run\.json: cannot be written \(No space left on device; \d+ MiB free\)"):
-        with opened(tmp_path) as r:
-            full = OSError(errno.ENOSPC, "No space left on device")
-            monkeypatch.setattr(run, "replace_file", lambda *_: (_ for _ in ()).throw(full))
-            r.note("something")
-    assert card_in(tmp_path).status == "running"  # the last card that could be written, whole
+    """The message names the file, the cause and the free space; an error that came before is not hidden by it."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = r"run\.json: cannot be written \(No space left on device; \d+ MiB free\)"
+    with pytest.raises(RunError, match=message), opened(tmp_path / "a") as r:
+        monkeypatch.setattr(run, "replace_file", full)
+        r.note("something")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="the cause"), opened(tmp_path / "b"):
+        monkeypatch.setattr(run, "replace_file", full)
+        raise ValueError("the cause")
+    assert card_in(tmp_path / "b").status == "running"  # the last card that could be written, whole
 
 
 # --- who may open a folder
@@ -267,24 +274,26 @@ def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path) -
 
 def test_a_run_killed_before_its_first_checkpoint_starts_its_metrics_anew(tmp_path: Path) -> None:
     """Resumed at step 0 nothing is kept, so that an evaluation before the first step is not there twice."""
-    train(tmp_path, 3)
-    with opened(tmp_path, resume=True) as r:
-        r.begin(1, 0)
-        r.evaluated(0, {"loss": 1.0})
-        r.finish({})
-    assert [row["step"] for row in rows(tmp_path)] == [0]
+    for resume in (False, True):
+        with pytest.raises(Stopped), opened(tmp_path, resume=resume) as r:
+            r.begin(3, 0)
+            r.evaluated(0, {"loss": 1.0})
+            r.after_step(1, {"loss": 1.0})
+            raise Stopped(signal.SIGTERM)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1]
 
 
 def test_altered_metrics_are_cut_and_said(tmp_path: Path) -> None:
     """A damaged line in the middle goes with a note; a torn last one is what a kill leaves, and goes without."""
-    train(tmp_path, 4)
+    train(tmp_path, 5)
     path = tmp_path / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0], "rubbish\n", *lines[2:], '{"torn']))
+    path.write_text("".join([lines[0], "rubbish\n", *lines[2:4], lines[4].rstrip()]))
     with opened(tmp_path, resume=True) as r:
-        r.begin(4, 4)
+        r.begin(6, 5)
+        r.after_step(6, {})
         r.finish({})
-    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4, 6]
     assert card_in(tmp_path).notes == (f"{path}: 1 unreadable lines were cut",)
 
 

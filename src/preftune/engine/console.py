@@ -26,7 +26,6 @@ __all__ = ["Display", "headline"]
 LINE_SECONDS = 10.0
 LINE_SHARE = 0.05
 SHOWN = 5
-BAR_WIDTH = 24
 MARGIN = 4  # columns left free: a terminal echoes ^C at the cursor, and a wrapped line would stay behind
 SHOW_CURSOR = b"\x1b[?25h"
 STOPPING = "stopping after this step; a second signal leaves at once"
@@ -66,7 +65,7 @@ class Display:
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(BAR_WIDTH),
+            BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),

@@ -4,7 +4,7 @@
         identity.json   what the log-probs depend on besides the tokens
         values.f32      float32, little-endian, one entry after the other
         index           one line per entry, in the order of the values:
-                        <BLAKE2b of prompt and response ids> <values> <CRC-32 of entry> <CRC-32 of line>
+                        <BLAKE2b of prompt and response ids> <count> <CRC-32 of the values> <CRC-32 of this line>
         lock            held while an entry is added, so that processes can share the cache
 
 An index line is written only after its values are on the disk. Killed at any instant, the cache therefore holds
@@ -149,7 +149,7 @@ class ReferenceCache:
     def _read(self, digest: bytes) -> Values:
         start, length, check = self._entries[digest]
         values = self._mapped[start : start + length]
-        if _check(digest, values) != check:
+        if crc32(values.data) != check:
             raise self._altered(f"values {start} to {start + length} are not those that were written")
         return values
 
@@ -223,13 +223,8 @@ def _default_root() -> Path:
         raise ArtifactError("there is no home folder to keep reference log-probs in; set PREFTUNE_CACHE") from error
 
 
-def _check(digest: bytes, values: Values) -> int:
-    """CRC-32 of an entry. Its key takes part: an entry in another's place is found out."""
-    return crc32(values.data, crc32(digest))
-
-
 def _index_line(digest: bytes, values: Values) -> bytes:
-    body = b"%s %d %08x" % (digest.hex().encode(), len(values), _check(digest, values))
+    body = b"%s %d %08x" % (digest.hex().encode(), len(values), crc32(values.data))
     return b"%s %08x\n" % (body, crc32(body))
 
 
