@@ -1,9 +1,8 @@
 """Claims about a run folder: whole at every instant, one owner, honest about how it ended, equal after a resume."""
 
-# ruff: noqa: PT012, SIM117  how a run's block ends is what is tested, so `raises` holds whole blocks
+# ruff: noqa: PT012  how a run's block ends is what is tested, so `raises` holds whole blocks
 
 import errno
-import json
 import os
 import pty
 import signal
@@ -12,45 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from run_folder import CONFIG, card_in, opened, rows, train
 
 from preftune.engine import files, run
-from preftune.engine.card import jsonable
-from preftune.engine.host import describe, git_commit, versions
 from preftune.engine.run import Run, Stopped
-from preftune.errors import ArtifactError, ResumeMismatch, RunError, UserError
-from preftune.records import RunCard, from_json
+from preftune.errors import ArtifactError, RunError, UserError
 
 WORKER = Path(__file__).with_name("run_worker.py")
-CONFIG = {"lr": 1e-6, "beta": 0.1, "resume": False}
-
-
-def opened(folder: Path, resume: bool = False, **config: object) -> Run:
-    return Run.open(
-        folder, stage="dpo", config=CONFIG | config, resume=resume, may_differ=frozenset({"resume"}), quiet=True
-    )
-
-
-def card_in(folder: Path) -> RunCard:
-    return from_json((folder / "run.json").read_text())
-
-
-def rows(folder: Path) -> list[dict]:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def train(folder: Path, steps: int) -> None:
-    with opened(folder) as r:
-        r.begin(steps, 0)
-        for step in range(1, steps + 1):
-            r.after_step(step, {"loss": 1 / step})
-        r.finish({"loss": 1 / steps})
 
 
 @contextmanager
@@ -103,21 +73,6 @@ def test_numbers_that_are_not_finite_are_written_as_words_never_replaced(tmp_pat
         r.finish({"loss": float("nan")})
     assert rows(tmp_path)[0]["metrics"] == {"loss": "nan", "margin": ["inf", "-inf"]}
     assert card_in(tmp_path).results == {"loss": "nan"}
-
-
-def test_a_card_takes_records_paths_and_numpy_numbers_and_nothing_else() -> None:
-    """Whatever enters a card is JSON afterwards; what has no place there is an error, not a guess."""
-    import numpy as np
-
-    @dataclass(frozen=True)
-    class Interval:
-        low: float
-        high: float
-
-    value = {"i": Interval(0.1, 0.2), "p": Path("a/b"), "n": np.float32(0.5), "k": np.int64(3), 7: (None, True)}
-    assert jsonable(value) == {"i": {"low": 0.1, "high": 0.2}, "p": "a/b", "n": 0.5, "k": 3, "7": [None, True]}
-    with pytest.raises(TypeError, match="a object has no place in a run card"):
-        jsonable({"x": [object()]})
 
 
 def test_an_error_is_recorded_as_failed_with_its_message(tmp_path: Path) -> None:
@@ -239,130 +194,6 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
             opened(tmp_path)
 
 
-# --- resume
-
-
-def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Resume at step 4 of a run killed in step 8, in the middle of a line: the files are equal but for the times."""
-
-    def steps(r: Run, first: int, last: int) -> None:
-        for step in range(first, last + 1):
-            r.after_step(step, {"loss": 1 / step})
-            if step % 2 == 0:
-                r.evaluated(step, {"loss": 2 / step})
-
-    with opened(tmp_path / "whole") as r:
-        r.begin(10, 0)
-        r.evaluated(0, {"loss": 9.0})
-        steps(r, 1, 10)
-        r.finish({})
-    with pytest.raises(KeyboardInterrupt), opened(tmp_path / "killed") as r:
-        r.begin(10, 0)
-        r.evaluated(0, {"loss": 9.0})
-        steps(r, 1, 7)
-        raise KeyboardInterrupt
-    assert card_in(tmp_path / "killed").status == "stopped"
-    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "step": 8, "ti')
-    with opened(tmp_path / "killed", resume=True) as r:
-        r.begin(10, 4)
-        steps(r, 5, 10)
-        r.finish({})
-    whole, resumed = ([row | {"time": 0} for row in rows(tmp_path / name)] for name in ("whole", "killed"))
-    assert whole == resumed and len(whole) == 16
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_its_metrics_anew(tmp_path: Path) -> None:
-    """Resumed at step 0 nothing is kept, so that an evaluation before the first step is not there twice."""
-    for resume in (False, True):
-        with pytest.raises(Stopped), opened(tmp_path, resume=resume) as r:
-            r.begin(3, 0)
-            r.evaluated(0, {"loss": 1.0})
-            r.after_step(1, {"loss": 1.0})
-            raise Stopped(signal.SIGTERM)
-    assert [row["step"] for row in rows(tmp_path)] == [0, 1]
-
-
-def test_altered_metrics_are_cut_and_said(tmp_path: Path) -> None:
-    """A damaged line in the middle goes with a note; a torn last one is what a kill leaves, and goes without."""
-    train(tmp_path, 5)
-    path = tmp_path / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0], "rubbish\n", *lines[2:4], lines[4].rstrip()]))
-    with opened(tmp_path, resume=True) as r:
-        r.begin(6, 5)
-        r.after_step(6, {})
-        r.finish({})
-    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4, 6]
-    assert card_in(tmp_path).notes == (f"{path}: 1 unreadable lines were cut",)
-
-
-def test_resume_wants_the_recorded_stage_and_config(tmp_path: Path) -> None:
-    """Every differing key is listed with both values, and the card stays as it was."""
-    train(tmp_path, 2)
-    before = (tmp_path / "run.json").read_bytes()
-    config = {"lr": 2e-6, "resume": True, "max_steps": 5}
-    with pytest.raises(ResumeMismatch) as caught:
-        Run.open(tmp_path, stage="sft", config=config, resume=True, may_differ=frozenset({"resume"}), quiet=True)
-    assert str(caught.value) == (
-        f'{tmp_path} cannot be resumed with stage: "sft" (the run has "dpo"); lr: 2e-06 (the run has 1e-06); '
-        "beta: absent (the run has 0.1); max_steps: 5 (the run has absent). "
-        "Give what the run has, or choose another --out"
-    )
-    assert (tmp_path / "run.json").read_bytes() == before
-
-
-def test_settings_that_may_differ_are_taken_up_and_noted(tmp_path: Path) -> None:
-    """The card shows the new value, a note tells the change; other versions are noted too."""
-    train(tmp_path, 2)
-    card = json.loads((tmp_path / "run.json").read_text())
-    card["versions"]["torch"] = "1.0"
-    (tmp_path / "run.json").write_text(json.dumps(card))
-    may_differ = frozenset({"resume", "save_every"})
-    config = CONFIG | {"resume": True, "save_every": 5}
-    with Run.open(tmp_path, stage="dpo", config=config, resume=True, may_differ=may_differ, quiet=True) as r:
-        r.finish({})
-    card = card_in(tmp_path)
-    assert card.config == config and card.versions == versions()
-    assert card.notes == (
-        "resumed with save_every: 5 (the run has absent)",
-        f'resumed under torch: "{versions()["torch"]}" (the run has "1.0"): '
-        "equality with an uninterrupted run is no longer certain",
-    )
-
-
-def test_resume_on_other_inputs_is_refused_and_leaves_the_card(tmp_path: Path) -> None:
-    """Model and data are recognised by content: the same path with other bytes is another run."""
-    with opened(tmp_path) as r:
-        r.record(hashes={"model": "aaa"}, data={"train": {"sha256": "111", "rows": 5}})
-        r.begin(1, 0)
-        r.after_step(1, {})
-        r.record(hashes={"result": "old"})
-        r.finish({"loss": 0.5})
-    before = (tmp_path / "run.json").read_bytes()
-    with pytest.raises(ResumeMismatch, match=r'with SHA-256 of model: "bbb" \(the run has "aaa"\)'):
-        with opened(tmp_path, resume=True) as r:
-            r.record(hashes={"model": "bbb"})
-    assert (tmp_path / "run.json").read_bytes() == before
-    with pytest.raises(ResumeMismatch, match=r'with SHA-256 of train data: "222" \(the run has "111"\)'):
-        with opened(tmp_path, resume=True) as r:
-            r.record(data={"train": {"sha256": "222", "rows": 5}})
-    assert (tmp_path / "run.json").read_bytes() == before
-    with opened(tmp_path, resume=True) as r:
-        r.record(hashes={"model": "aaa"}, data={"train": {"sha256": "111", "rows": 5}, "eval": {"sha256": "3"}})
-        r.begin(1, 1)
-        r.record(hashes={"result": "new"})  # what a run makes may change, what it is made from may not
-        r.finish({})
-    assert card_in(tmp_path).hashes == {"model": "aaa", "result": "new"}
-
-
-def test_resume_in_an_empty_folder_starts_fresh_and_says_so(tmp_path: Path) -> None:
-    """The same command line serves the first start and every later one."""
-    with opened(tmp_path / "new", resume=True) as r:
-        r.finish({})
-    assert card_in(tmp_path / "new").notes == (f"nothing to resume in {tmp_path / 'new'}: starting from the beginning",)
-
-
 # --- signals
 
 
@@ -455,51 +286,3 @@ def test_work_outside_the_steps_stops_between_items(tmp_path: Path) -> None:
                 signal.raise_signal(signal.SIGTERM)
             advance(1)
     assert done == [0, 1, 2, 3] and card_in(tmp_path).status == "stopped"
-
-
-# --- host
-
-
-def test_a_bug_report_names_versions_and_hardware_and_nothing_private() -> None:
-    """Versions, processor, cores, memory, accelerators, commit; no host name, no user, no path."""
-    import getpass
-    import platform
-
-    import torch
-
-    report = describe()
-    assert report["versions"]["torch"] == torch.__version__
-    assert set(report["host"]) == {"os", "machine", "processor", "cores", "memory_gib", "accelerators"}
-    assert report["host"]["cores"] >= 1 and report["host"]["memory_gib"] > 0
-    text = json.dumps(report)
-    for private in (platform.node(), os.getcwd(), os.path.expanduser("~")):
-        assert private not in text
-    assert getpass.getuser() not in text.replace("root", "") or getpass.getuser() == "root"
-
-
-def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty outside a repository; marked when tracked files differ."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_commit() == ""
-
-    def git(*words: str) -> str:
-        identity = ("-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false")
-        return subprocess.run(["git", *identity, *words], check=True, capture_output=True, text=True).stdout.strip()
-
-    git("init", "-q")
-    (tmp_path / "a").write_text("1")
-    git("add", "a")
-    git("commit", "-q", "-m", "first")
-    assert git_commit() == git("rev-parse", "HEAD")
-    (tmp_path / "a").write_text("2")
-    assert git_commit() == git("rev-parse", "HEAD") + "-dirty"
-
-
-def test_a_run_never_imports_torch() -> None:
-    """Stages that need no tensor start without those seconds; accelerators are then not looked for."""
-    code = (
-        "import sys, preftune.engine.run as r; print(r.new_card('x', {}).host['accelerators'], 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] False"
