@@ -79,8 +79,12 @@ FLAWS: list[tuple[str, list[Item], list[str]]] = [
     ("pair and opposite", [ranking(1, 1, pairs=((0, 1), (1, 0)))], ["f:1: pairs: (0, 1) and its opposite are both"]),
     (
         "contradiction",
-        [pair(*GOOD), pair("the dog", " a", " b"), pair("the cat", GOOD[2], GOOD[1])],
-        ["f:1: chosen: f:3 prefers the other one of the same two", "f:3: chosen: f:1 prefers the other one"],
+        [pair(*GOOD), pair("the dog", " a", " a"), pair("the cat", GOOD[2], GOOD[1])],
+        [
+            "f:1: chosen: f:3 prefers the other one of the same two",
+            "f:2: rejected: has the same tokens",
+            "f:3: chosen: f:1 prefers the other one",
+        ],
     ),
     (
         "contradiction with a ranking",
@@ -259,6 +263,7 @@ def test_length_gap_and_percentiles() -> None:
         3,
         2,
     )
+    assert report.lengths["chosen"].mean - report.lengths["rejected"].mean == pytest.approx(report.length_gap.mean)
     assert report.lengths["total"].longest == 7
 
 
