@@ -84,6 +84,8 @@ def test_demonstrations_and_cuts_are_shown(
     main(InspectConfig(model=model, data=data, kind="demonstrations", max_length=20, truncation="response"))
     out = capsys.readouterr().out
     assert "1 rows = 0 used + 0 refused + 1 truncated + 0 duplicate" in out
+    assert "1 responses to 1 prompts" in out
+    assert "rejected" not in out.split("cut: ")[0]
     assert "cut: 0 prompts, 1 responses" in out
     assert "1 responses lost their end mark" in out
     assert "tokens, scored, no end mark" in out
