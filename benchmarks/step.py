@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--data", help="HH transcripts (jsonl.gz); default: PREFTUNE_SHARED, else drawn lengths")
+    parser.add_argument("--data", help="HH transcripts (jsonl.gz); default: $PREFTUNE_SHARED or ../shared, else drawn")
     parser.add_argument("--out", default=str(HERE / "step.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -116,8 +116,8 @@ def prepare(work: Path, data: str | None) -> dict:
 
 def transcripts(data: str | None) -> tuple[list[dict], str]:
     """HH pairs as prompt/chosen/rejected; without the data, words drawn to the same length profile."""
-    shared = os.environ.get("PREFTUNE_SHARED")
-    path = Path(data) if data else Path(shared or "") / "data/hh_multi_turn/harmless-base.test.jsonl.gz"
+    shared = Path(os.environ.get("PREFTUNE_SHARED", HERE.parents[1] / "shared"))
+    path = Path(data) if data else shared / "data/hh_multi_turn/harmless-base.test.jsonl.gz"
     if not path.is_file():
         return drawn(), "words drawn to HH's length profile (seed 0)"
     rows, mark = [], "\n\nAssistant:"

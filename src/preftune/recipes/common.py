@@ -132,6 +132,7 @@ class Loop:
         self._patience: dict[str, Any] = {"best": None, "step": 0, "waited": 0}
         self._checkpoints = Checkpoints(run.folder / "checkpoints")
         self._best = Checkpoints(run.folder / "best", keep=1)
+        self._checkpoints.check_space((self._checkpoints.keep + 1) * self.optimizer.checkpoint_bytes)
         if cfg.resume:
             self._restore(self._checkpoints)
 

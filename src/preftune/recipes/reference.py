@@ -58,8 +58,8 @@ class Reference:
             for start in range(0, len(missing), GROUPS_AT_ONCE):
                 for batch in self.batching(missing[start : start + GROUPS_AT_ONCE]):
                     self.cache.append(batch.groups, score(self.model, batch))
-                self.cache.flush()
-                advance(min(GROUPS_AT_ONCE, len(missing) - start))
+                    advance(len(batch.groups))
+            self.cache.flush()
 
     def lookup(self, batch: PackedBatch) -> Tensor:
         """[C] log pi_ref of the batch's scored tokens, float32, on the batch's device."""
