@@ -162,12 +162,16 @@ def test_the_stage_receives_its_config(recipe: Callable[[Recipe], None]) -> None
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (DataError("train.jsonl:3: chosen: is null"), 2, "preftune: train.jsonl:3: chosen: is null\n"),
-        (NotFinite("loss is NaN at step 3\nrows: a, b"), 1, "preftune: loss is NaN at step 3 rows: a, b\n"),
+        (
+            DataError("2 rows are refused:\n  a:3: x\n  a:4: y"),
+            2,
+            "preftune: 2 rows are refused:\n  a:3: x\n  a:4: y\n",
+        ),
+        (NotFinite("loss is NaN at step 3"), 1, "preftune: loss is NaN at step 3\n"),
         (KeyboardInterrupt(), 130, "preftune: stopped\n"),
     ],
 )
-def test_an_error_is_one_line_and_its_exit_code(
+def test_an_error_is_its_message_and_its_exit_code(
     error: BaseException, code: int, line: str, recipe: Callable[[Recipe], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """2 for the user's input, 1 for the run, 130 for Ctrl-C outside the part that saves."""

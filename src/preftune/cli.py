@@ -2,8 +2,8 @@
 
 Keys are those of the stage's config (`recipes/configs.py`), the same in the YAML file and as flags; flags win;
 `-` and `_` are one. Exit codes: 0 done, 1 the run failed, 2 the input was refused, 130/143 stopped by a signal
-after a checkpoint. An error is one line on stderr; PREFTUNE_DEBUG=1 adds the traceback. Nothing heavy is imported
-before the configuration has been accepted, so `--help` and refusals are immediate.
+after a checkpoint. An error is one line on stderr (refused rows add one line each); PREFTUNE_DEBUG=1 adds the
+traceback. Nothing heavy is imported before the configuration is accepted: `--help` and refusals are immediate.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PreftuneError as problem:
         if os.environ.get("PREFTUNE_DEBUG"):
             traceback.print_exc()
-        print("preftune:", " ".join(str(problem).split()), file=sys.stderr)
+        print(f"preftune: {problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:  # before or after the part of a run that turns signals into checkpoints
         print("preftune: stopped", file=sys.stderr)
