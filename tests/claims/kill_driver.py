@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-STEPS, RANDOM_KILLS, KILLS_INSIDE_SAVE = 40, 20, 4
+STEPS, RANDOM_KILLS, KILLS_INSIDE_SAVE = 80, 20, 4
 
 
 def config(model: str, pairs: str, out: Path, *, resume: bool):  # type: ignore[no-untyped-def]
@@ -67,22 +67,27 @@ def main() -> None:
     import preftune.recipes.dpo  # noqa: F401  the imports every life shares
 
     started = time.monotonic()
-    assert wait(life(config(model, pairs, out / "whole", resume=False))) == 0
-    whole_seconds = time.monotonic() - started
+    child = life(config(model, pairs, out / "whole", resume=False))
+    while not newest(out / "whole"):
+        time.sleep(0.002)
+    startup = time.monotonic() - started
+    assert wait(child) == 0
+    training = time.monotonic() - started - startup
 
-    rng, kills, finished = random.Random(seed), [], False
+    rng, kills = random.Random(seed), []
     for n in range(RANDOM_KILLS + KILLS_INSIDE_SAVE):
         inside = n % 6 == 5
-        cfg = config(model, pairs, out / "killed", resume=True)
-        child = life(cfg, die_at_fsync=rng.randint(1, 12) if inside else 0)
-        delay = rng.uniform(0.1, 0.35) * whole_seconds
+        child = life(
+            config(model, pairs, out / "killed", resume=True), die_at_fsync=rng.randint(1, 12) if inside else 0
+        )
         if not inside:
-            time.sleep(delay)
+            time.sleep(
+                rng.uniform(0.3 * startup, startup + 0.06 * training)
+            )  # so that all lives end before the run does
             os.kill(child, signal.SIGKILL)
         code = wait(child)
-        finished = finished or code == 0
-        kills.append({"inside_save": inside, "after": round(delay, 3), "exit": code, "step": newest(out / "killed")})
         assert code in (0, -signal.SIGKILL), f"life {n} failed with {code}"
+        kills.append({"inside_save": inside, "exit": code, "step": newest(out / "killed")})
     assert wait(life(config(model, pairs, out / "killed", resume=True))) == 0
     print(json.dumps({"kills": kills, "whole": digest(out / "whole"), "killed": digest(out / "killed")}))
 

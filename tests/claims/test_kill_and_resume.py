@@ -25,7 +25,7 @@ def test_a_run_killed_two_dozen_times_ends_with_the_same_bits(
     result = json.loads(done.stdout.strip().splitlines()[-1])
     killed = [kill for kill in result["kills"] if kill["exit"] == -signal.SIGKILL]
     steps = [kill["step"] for kill in result["kills"]]
-    assert len(killed) >= 15, "most lives must end in a kill, or the claim was not tried"
+    assert len(killed) >= 20, f"most lives must end in a kill, or the claim was not tried: {result['kills']}"
     assert sum(kill["inside_save"] for kill in killed) >= 3
     assert len(set(steps)) >= 5, f"the kills must fall on different steps: {steps}"
     assert result["killed"] == result["whole"]
