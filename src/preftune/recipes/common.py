@@ -140,7 +140,8 @@ class Loop:
         """(step counted from 1, its groups, its learning rate) until the end, a stop signal, or no more improvement."""
         cfg, run = self.cfg, self.run
         run.begin(self.total_steps, self.step)
-        while self.step < self.total_steps and not self._out_of_patience:
+        saved = self.step
+        while self.step < self.total_steps and not self._out_of_patience and run.stop_signal is None:
             epoch, position = divmod(self.step, self.plan.steps_per_epoch)
             self.step += 1
             lr = learning_rate(
@@ -151,11 +152,11 @@ class Loop:
                 total_steps=self.total_steps,
             )
             yield self.step, self.plan.groups_of(epoch, position), lr
-            stopping = run.stop_signal is not None
-            if stopping or self.due(cfg.save_every) or self.step == self.total_steps:
+            if self.due(cfg.save_every):
                 self._save(self._checkpoints)
-            if stopping:
-                return
+                saved = self.step
+        if saved != self.step:
+            self._save(self._checkpoints)
 
     def due(self, every: int) -> bool:
         """Is the step in hand a multiple of `every`? 0 means never."""
