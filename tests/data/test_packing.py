@@ -128,10 +128,18 @@ def test_micro_batches_hold_every_group_once_within_the_budget(
 
 
 def test_micro_batches_fill_rows_best_fit_decreasing() -> None:
-    """Sizes 7 6 4 3 in budget 10 need two rows; taken in order without looking ahead they would need three."""
-    sized = [group(1, 1, prompt=n) for n in (4, 6, 3, 7)]
+    """Sizes 3 4 6 7 in budget 10 need two rows; taken in their own order they would need three."""
+    sized = [group(1, 1, prompt=n) for n in (3, 4, 6, 7)]
     batches = micro_batches(sized, tokens_per_batch=10, packed=True)
-    assert [[fed_tokens(g) for g in b.groups] for b in batches] == [[4, 6], [3, 7]]
+    assert [[fed_tokens(g) for g in b.groups] for b in batches] == [[3, 7], [4, 6]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_budget_is_used_to_the_last_token_and_not_beyond(packed: bool) -> None:
+    """Two groups that fill 10 tokens packed, 16 padded: one batch at that budget, two at one token less."""
+    groups, full = [group(2, 2), group(2, 2, start=2)], 10 if packed else 16
+    for budget, batches in ((full, 1), (full - 1, 2)):
+        assert len(micro_batches(groups, tokens_per_batch=budget, packed=packed)) == batches
 
 
 def test_micro_batches_are_the_same_every_time() -> None:

@@ -156,6 +156,13 @@ def test_what_cannot_be_packed_says_why_and_stays_as_it_was(kind: str) -> None:
     assert not hasattr(model, "preftune_attention")
 
 
+def test_a_layer_that_mixes_tokens_in_another_way_is_noticed() -> None:
+    """One of two layers does not attend: half of the model would not know who sees whom."""
+    model = build("Llama", **LLAMA)
+    model.model.layers[1].forward = lambda hidden, **kwargs: hidden.roll(1, 1)
+    assert install(model) == "1 of its 2 layers hand the layout to their attention"
+
+
 def test_prompt_tuning_is_refused() -> None:
     model = build("Llama", **LLAMA)
     model.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}

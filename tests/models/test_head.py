@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,11 +98,8 @@ def test_bf16_weight_gradients_are_accumulated_in_float32() -> None:
     assert (weight.grad[0].float() - expected).abs().max() <= expected * 2**-8
 
 
-@pytest.mark.parametrize("chunk", [16, 500, None])
-def test_the_whole_of_tokens_by_vocabulary_never_exists(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor made in the forward or the backward is larger than a block or the weight's gradient."""
-    tokens, entries, size, block = 64, 4096, 8, 2**14
-    monkeypatch.setattr("preftune.models.head._BLOCK_ELEMENTS", {"cpu": block})
+def sizes_made(function: Callable[[], Any]) -> list[int]:
+    """Elements of every tensor that `function` brings into being, its backward included."""
     made: list[int] = []
 
     class Watch(TorchDispatchMode):
@@ -110,9 +108,19 @@ def test_the_whole_of_tokens_by_vocabulary_never_exists(chunk: int | None, monke
             made.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
             return out
 
-    hidden, weight = torch.randn(tokens, size, requires_grad=True), torch.randn(entries, size, requires_grad=True)
     with Watch():
-        token_logprobs(hidden, weight, torch.randint(entries, (tokens,)), softcap=3.0, chunk=chunk).sum().backward()
+        function()
+    return made
+
+
+@pytest.mark.parametrize("chunk", [16, 500, None])
+def test_the_whole_of_tokens_by_vocabulary_never_exists(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor made in the forward or the backward is larger than a block or the weight's gradient."""
+    tokens, entries, size, block = 64, 4096, 8, 2**14
+    monkeypatch.setattr("preftune.models.head._BLOCK_ELEMENTS", {"cpu": block})
+    hidden, weight = torch.randn(tokens, size, requires_grad=True), torch.randn(entries, size, requires_grad=True)
+    targets = torch.randint(entries, (tokens,))
+    made = sizes_made(lambda: token_logprobs(hidden, weight, targets, softcap=3.0, chunk=chunk).sum().backward())
     assert max(made) <= max(tokens * chunk if chunk else block, entries * size) < tokens * entries
 
 
@@ -125,6 +133,8 @@ def test_a_frozen_head_costs_no_gradient_of_its_own() -> None:
     expected, given["hidden_Cd"].grad = given["hidden_Cd"].grad.clone(), None
     token_logprobs(**frozen).sum().backward()
     assert torch.allclose(given["hidden_Cd"].grad * 2, expected)
+    made = sizes_made(lambda: token_logprobs(**frozen, chunk=5).sum().backward())
+    assert 5 * C in made and max(made) < V * D
     with torch.no_grad():
         assert token_logprobs(**given).grad_fn is None
 

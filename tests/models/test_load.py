@@ -84,8 +84,29 @@ def test_hashes_name_content_not_place(folder: Path, tmp_path: Path) -> None:
     assert changed.tokenizer_sha256 != first.tokenizer_sha256
 
 
-def test_every_dropout_is_off_even_in_training_mode(tmp_path: Path, tiny_model_folder: Path) -> None:
-    """GPT-2's default of 0.1 in three places: two passes in training mode agree to the bit, and a note says so."""
+def test_a_hash_tells_apart_what_has_equal_bytes() -> None:
+    """Zeros of two dtypes, two shapes and two names."""
+    modules = (
+        torch.nn.Linear(2, 3, bias=False, dtype=torch.float16),
+        torch.nn.Linear(2, 3, bias=False, dtype=torch.bfloat16),
+        torch.nn.Linear(3, 2, bias=False, dtype=torch.float16),
+        torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False, dtype=torch.float16)),
+    )
+    for module in modules:
+        torch.nn.init.zeros_(next(module.parameters()))
+    assert len({weights_sha256(module) for module in modules}) == 4
+
+
+@pytest.mark.parametrize("by", ["configuration", "modules"])
+def test_every_dropout_is_off_even_in_training_mode(
+    by: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2's default of 0.1 in three places: two passes in training mode agree to the bit, and a note says so.
+
+    In modules too, where a model takes a probability from elsewhere than its configuration.
+    """
+    if by == "modules":
+        monkeypatch.setattr("preftune.models.load._without_dropout", lambda config: [])
     shutil.copytree(tiny_model_folder, tmp_path / "gpt2")
     (tmp_path / "gpt2" / "model.safetensors").unlink()
     config = transformers.GPT2Config(
@@ -96,6 +117,7 @@ def test_every_dropout_is_off_even_in_training_mode(tmp_path: Path, tiny_model_f
     loaded = load(tmp_path / "gpt2", dtype=FLOAT32)
     assert any("dropout 0.1 set to 0" in note for note in loaded.notes)
     assert not list(active_dropouts(loaded.model))
+    assert loaded.model.config.attn_pdrop == (0 if by == "configuration" else 0.1)
     loaded.model.train()
     ids = torch.arange(12)[None]
     assert torch.equal(loaded.model(ids).logits, loaded.model(ids).logits)

@@ -24,7 +24,7 @@ from preftune.errors import ConfigError, RunError
 from preftune.models.load import active_dropouts, quiet
 from preftune.tensors import AttentionPlan, Segment
 
-__all__ = ["BACKENDS", "KEYWORD", "Layout", "install", "own_attention", "use_backend"]
+__all__ = ["BACKENDS", "KEYWORD", "Layout", "decoder", "install", "layout_for", "own_attention", "use_backend"]
 
 NAME = "preftune"
 KEYWORD = "packed_layout"

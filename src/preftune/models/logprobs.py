@@ -68,7 +68,7 @@ def check_packing(model: Any, batch: PackedBatch, *, tolerance: float | None = N
     rms = float(difference_C.square().mean().sqrt())
     if not rms <= tolerance:  # not >, so that NaN is refused too
         worst = int(difference_C.abs().argmax())
-        group, r, _ = responses[int(np.searchsorted(batch.lengths.cumsum(0).cpu().numpy(), worst, side="right"))]
+        group, r, _ = responses[int(torch.repeat_interleave(batch.lengths)[worst])]
         raise RunError(
             f"{type(model).__name__}: log-probs of {'padded' if batch.plan is None else 'packed'} rows differ from "
             f"each sequence alone by {rms:.2g} nats per token, at most {tolerance:g} allowed "
