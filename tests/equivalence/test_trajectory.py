@@ -1,4 +1,7 @@
-"""One objective, many ways to compute it: every way must give one trajectory."""
+"""One objective, many ways to compute it: every way must give one trajectory.
+
+Plain SGD without clipping: AdamW and clipping are blind to a wrong scale of the whole gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from preftune.recipes import dpo, sft
 
 LOSS_TOLERANCE, MEAN_RESIDUAL = 1e-4, 1e-5
+SGD = {"optimizer": "sgd", "max_grad_norm": 0.0, "schedule": "constant", "dtype": "float32", "max_length": 128}
 
 SPLITS = {
     "small micro-batches": {"tokens_per_batch": 128},
@@ -19,16 +25,19 @@ SPLITS = {
 }
 
 
-def losses(folder: Path, kind: str = "train") -> np.ndarray:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return np.array([row["metrics"]["loss"] for row in rows if row["kind"] == kind])
+def trajectory(folder: Path) -> np.ndarray:
+    """[2, steps]: loss and gradient norm."""
+    rows = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return np.array([[row["loss"] for row in rows], [row["grad_norm"] for row in rows]])
 
 
-def agree(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert len(ours) == len(theirs) > 5
-    assert np.ptp(ours) > 0.01, "the trajectory must move, or agreement means nothing"
-    assert np.abs(ours - theirs).max() < LOSS_TOLERANCE
-    assert abs((ours - theirs).mean()) < MEAN_RESIDUAL, "a one-sided drift"
+def agree(ours: Path, theirs: Path) -> None:
+    (our_loss, our_norm), (their_loss, their_norm) = trajectory(ours), trajectory(theirs)
+    assert len(our_loss) == len(their_loss) > 5
+    assert np.ptp(our_loss) > 0.01, "the trajectory must move, or agreement means nothing"
+    assert np.abs(our_loss - their_loss).max() < LOSS_TOLERANCE
+    assert abs((our_loss - their_loss).mean()) < MEAN_RESIDUAL, "a one-sided drift"
+    assert our_norm == pytest.approx(their_norm, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +46,8 @@ def whole(tiny_model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.Te
 
 
 def run_dpo(model: Path, pairs: Path, out: Path, changes: dict) -> Path:
-    settings = {"tokens_per_batch": 4096, "max_length": 128, "batch_size": 12, "lr": 2e-3, "dtype": "float32"} | changes
-    dpo.main(dpo.DpoConfig(model=str(model), data=str(pairs), out=str(out), **({"epochs": 2} | settings)))
+    settings = SGD | {"tokens_per_batch": 4096, "batch_size": 12, "lr": 0.1, "epochs": 2} | changes
+    dpo.main(dpo.DpoConfig(model=str(model), data=str(pairs), out=str(out), **settings))
     return out
 
 
@@ -48,7 +57,7 @@ def test_any_split_of_the_step_gives_one_trajectory(
 ) -> None:
     """Micro-batch size, checkpointing and the way the reference is named never change the losses."""
     changes = {k: str(tiny_model_folder) if v == "MODEL" else v for k, v in SPLITS[how].items()}
-    agree(losses(run_dpo(tiny_model_folder, pairs_file, tmp_path / "run", changes)), losses(whole))
+    agree(run_dpo(tiny_model_folder, pairs_file, tmp_path / "run", changes), whole)
 
 
 def test_padded_rows_give_the_packed_trajectory(
@@ -56,39 +65,46 @@ def test_padded_rows_give_the_packed_trajectory(
 ) -> None:
     """Where packing is not served, padded rows take the same steps."""
     monkeypatch.setattr("preftune.recipes.common.install", lambda model: "this test asks for padded rows")
-    agree(losses(run_dpo(tiny_model_folder, pairs_file, tmp_path / "run", {})), losses(whole))
+    agree(run_dpo(tiny_model_folder, pairs_file, tmp_path / "run", {}), whole)
 
 
 def test_any_split_of_a_fine_tuning_step_gives_one_trajectory(
     tiny_model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     """The token mean of SFT is over the whole step, not over micro-batches of unequal length."""
-    found = []
     for tokens in (128, 4096):
-        out = tmp_path / str(tokens)
+        settings = SGD | {"epochs": 2, "lr": 0.1, "batch_size": 12, "tokens_per_batch": tokens}
         sft.main(
             sft.SftConfig(
-                model=str(tiny_model_folder), data=str(pairs_file), out=str(out), epochs=2, lr=2e-3, batch_size=12,
-                tokens_per_batch=tokens, max_length=128, dtype="float32",
+                model=str(tiny_model_folder), data=str(pairs_file), out=str(tmp_path / str(tokens)), **settings
             )
-        )  # fmt: skip
-        found.append(losses(out))
-    agree(*found)
+        )
+    agree(tmp_path / "128", tmp_path / "4096")
 
 
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
 def test_a_row_of_weight_two_counts_as_the_row_given_twice(
-    tiny_model_folder: Path, pairs_file: Path, tmp_path: Path
+    stage: str, tiny_model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    """Weights are exact: the loss of a step with weights 1 and 2 is the mean over the rows, the latter taken twice."""
-    policy = run_dpo(tiny_model_folder, pairs_file, tmp_path / "policy", {"lr": 1e-2}) / "model"  # away from ln 2
-    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()][:6]
+    """One step on rows of weights 1 and 2 moves the weights by the weighted mean of what each row alone does."""
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()][:4]
+    start = load_file(tiny_model_folder / "model.safetensors")
 
-    def first_loss(name: str, chosen_rows: list[dict]) -> float:
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen_rows))
-        settings = {"batch_size": 6, "max_steps": 1, "reference": str(tiny_model_folder)}
-        return float(losses(run_dpo(policy, tmp_path / f"{name}.jsonl", tmp_path / name, settings))[0])
+    def step(name: str, chosen_rows: list[dict]) -> tuple[dict[str, torch.Tensor], int]:
+        data, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        data.write_text("".join(json.dumps(row) + "\n" for row in chosen_rows))
+        settings = SGD | {"batch_size": 4, "lr": 1.0}
+        recipe, config = (dpo, dpo.DpoConfig) if stage == "dpo" else (sft, sft.SftConfig)
+        card = recipe.main(config(model=str(tiny_model_folder), data=str(data), out=str(out), **settings))
+        metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["metrics"]
+        assert card.results["steps"] == 1
+        moved = load_file(out / "model" / "model.safetensors")
+        return {key: moved[key] - start[key] for key in start}, metrics.get("completion_tokens", 1)
 
-    single = [first_loss(str(i), [row]) for i, row in enumerate(rows)]
-    weighted = first_loss("weighted", [row | {"weight": 1 + i % 2} for i, row in enumerate(rows)])
-    assert np.ptp(single) > 1e-3
-    assert weighted == pytest.approx(np.repeat(single, [1, 2] * 3).mean(), abs=2e-6)
+    single = [step(str(i), [row]) for i, row in enumerate(rows)]
+    weighted, _ = step("weighted", [row | {"weight": w} for row, w in zip(rows, (1, 2, 1, 2), strict=True)])
+    shares = np.array([w * units for w, (_, units) in zip((1, 2, 1, 2), single, strict=True)], dtype=float)
+    for key in start:
+        expected = sum(float(s) * change[key] for s, (change, _) in zip(shares / shares.sum(), single, strict=True))
+        assert torch.allclose(weighted[key], expected, rtol=1e-3, atol=2e-6), key
+    assert max(float(change.abs().max()) for change in weighted.values()) > 1e-3

@@ -40,35 +40,6 @@ def test_the_loss_is_the_token_mean_over_chosen_responses_and_their_end(
     assert found["loss"] == pytest.approx(total / tokens, abs=1e-5)
 
 
-def test_a_demonstration_of_weight_three_counts_three_times(tiny_model_folder: Path, tmp_path: Path) -> None:
-    """The weighted loss is that of the data with the row repeated; the step's gradient is of that loss."""
-    rows = [
-        {"prompt": "the cat", "completion": " sat on the mat"},
-        {"prompt": "a good answer", "completion": " is short and true and read"},
-    ]
-    single = []
-    for i, row in enumerate(rows):
-        (tmp_path / f"{i}.jsonl").write_text(json.dumps(row))
-        single.append(first_step(tiny_model_folder, tmp_path / f"{i}.jsonl", tmp_path / f"run{i}"))
-    (tmp_path / "weighted.jsonl").write_text(
-        "\n".join(json.dumps(r | {"weight": w}) for r, w in zip(rows, (1, 3), strict=True))
-    )
-    found = first_step(tiny_model_folder, tmp_path / "weighted.jsonl", tmp_path / "run")
-    weights = [w * m["completion_tokens"] for w, m in zip((1, 3), single, strict=True)]
-    expected = sum(w * m["loss"] for w, m in zip(weights, single, strict=True)) / sum(weights)
-    assert found["loss"] == pytest.approx(expected, abs=1e-6)
-    assert abs(single[0]["loss"] - single[1]["loss"]) > 0.01
-    assert found["grad_norm"] != pytest.approx(
-        first_step(tiny_model_folder, _unweighted(rows, tmp_path), tmp_path / "plain")["grad_norm"], rel=1e-4
-    )
-
-
-def _unweighted(rows: list[dict[str, str]], folder: Path) -> Path:
-    path = folder / "plain.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
 def test_held_out_perplexity_comes_with_its_interval(tiny_model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     """The evaluation's loss lies inside its interval, and training on half of the rows lowers it on the others."""
     lines = pairs_file.read_text().splitlines(keepends=True)
