@@ -13,6 +13,7 @@ from preftune.data.doctor import check_refusals, prepare
 from preftune.data.packing import StepPlan, fed_tokens, micro_batches
 from preftune.data.sources import open_source
 from preftune.engine.checkpoint import Checkpoints, rng_state, set_rng_state
+from preftune.engine.memory import keep_freed_memory
 from preftune.engine.optim import Optimizer
 from preftune.engine.run import Run
 from preftune.engine.schedule import learning_rate
@@ -60,6 +61,8 @@ def open_model(name: str, cfg: TrainingConfig, run: Run, *, role: str = "model")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[automatic if cfg.dtype == "auto" else cfg.dtype]
+    if device.type == "cpu":
+        keep_freed_memory()
     loaded = load(name, dtype=dtype, device=device)
     run.record(hashes={f"{role}_weights": loaded.weights_sha256, f"{role}_tokenizer": loaded.tokenizer_sha256})
     reason = install(loaded.model)
