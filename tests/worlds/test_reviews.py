@@ -28,7 +28,7 @@ PIECES = st.lists(st.sampled_from(vocabulary()), max_size=30).map("".join)
 def test_held_out_prompts_are_disjoint_and_know_every_word():
     """No prompt is in both splits, none is repeated, and the held-out prompts use no word of their own."""
     train, held_out = prompts("train"), prompts("held_out")
-    assert len({*train, *held_out}) == len(train) + len(held_out) == 2550
+    assert len({*train, *held_out}) == len(train) + len(held_out) == 6300
     assert {w for p in held_out for w in p.split()} == {w for p in train for w in p.split()}
 
 

@@ -12,10 +12,10 @@ the reward reads prompt and response together and is no sum over words. A respon
 The reward of a response, for any text whatever:
 
     clause value   = valence(opinion) * strengths of its intensifiers, cut to [-1, 1], times the factor of its
-                     negation (< 0); an opinion word used before in the response says nothing new: value 0
+                     negation (< 0); 0 when it says nothing new: an aspect or an opinion word for the second time
     sentiment      = mean of the clause values, where a clause after "but" counts twice          in [-1, 1]
     legible        = share of the response's words and marks that belong to its longest beginning that follows
-                     the grammar and speaks of no aspect twice                                    in [0, 1]
+                     the grammar                                                                  in [0, 1]
     reward         = legible * (1 + sentiment) / 2                                                in [0, 1]
 
 It is a mean, not a sum, so longer is not better; repetition and word salad are illegible or worth nothing; the empty
@@ -63,6 +63,11 @@ OPENINGS = (
     "The {aspect} in this {genre}",
     "In this {genre}, the {aspect}",
     "For a {genre}, the {aspect}",
+    "Even for a {genre}, the {aspect}",
+    "As in every {genre}, the {aspect}",
+    "Compared to the last {genre}, the {aspect}",
+    "The {aspect} of this new {genre}",
+    "I must say that in this {genre} the {aspect}",
     "I thought the {aspect}",
     "To be honest, the {aspect}",
     "In the end, the {aspect}",
@@ -83,7 +88,7 @@ LINK = re.compile(r"(?:,[cb]|\.)tav")
 
 @cache
 def prompts(split: Literal["train", "held_out"]) -> tuple[str, ...]:
-    """All prompts of a split, in a fixed shuffled order: 2,050 to train on, 500 others held out.
+    """All prompts of a split, in a fixed shuffled order: 5,800 to train on, 500 others held out.
 
     No prompt is in both; every word is in both.
     """
@@ -123,12 +128,12 @@ def reward(prompt: str, response: str) -> float:
     clauses = list(_clauses(before + words, len(before)))
     if not clauses:
         return 0.0
-    total, weights, opinions = 0.0, 0.0, set[str]()
-    for phrase, weight, _ in clauses:
-        total += weight * (0.0 if phrase[-1] in opinions else _value(phrase))
+    total, weights, said = 0.0, 0.0, set[str]()
+    for aspect, phrase, weight, _ in clauses:
+        total += weight * (0.0 if said & {aspect, phrase[-1]} else _value(phrase))
         weights += weight
-        opinions.add(phrase[-1])
-    end = clauses[-1][2]
+        said |= {aspect, phrase[-1]}
+    end = clauses[-1][-1]
     end += words[end - len(before) : end - len(before) + 1] == ["."]
     legible = (end - len(before)) / len(words)
     return legible * (1 + total / weights) / 2
@@ -166,20 +171,18 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
-def _clauses(words: Sequence[str], start: int) -> Iterator[tuple[Sequence[str], float, int]]:
-    """(phrase, weight, end) of every clause from the prompt's last verb on, until the grammar or a new aspect ends."""
+def _clauses(words: Sequence[str], start: int) -> Iterator[tuple[str, Sequence[str], float, int]]:
+    """(aspect, phrase, weight, end) of every clause from the prompt's last verb on, as far as the grammar goes."""
     tags = "".join(TAGS.get(word, "?") for word in words)
     opening = re.search(r"vn?$", tags[:start])
     at, weight = opening.start() + 1 if opening else len(words), 1.0
-    aspects = {word for word in words[:start] if word in ASPECTS}
+    aspect = next((word for word in reversed(words[:start]) if word in ASPECTS), "")
     while clause := CLAUSE.match(tags, at):
-        yield words[at : clause.end()], weight, clause.end()
+        yield aspect, words[at : clause.end()], weight, clause.end()
         link = LINK.match(tags, clause.end())
-        aspect = words[link.end() - 2] if link else ""
-        if link is None or aspect in aspects:
+        if link is None:
             return
-        aspects.add(aspect)
-        at, weight = link.end(), 2.0 if "b" in link.group() else 1.0
+        at, weight, aspect = link.end(), 2.0 if "b" in link.group() else 1.0, words[link.end() - 2]
 
 
 def _value(phrase: Sequence[str]) -> float:
