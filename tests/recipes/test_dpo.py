@@ -14,7 +14,7 @@ from torch import Tensor
 from preftune.data.packing import pack
 from preftune.engine.reference_cache import ReferenceCache
 from preftune.equations.losses import LOSSES
-from preftune.errors import ReferenceMismatch, UserError
+from preftune.errors import DataError, ReferenceMismatch, UserError
 from preftune.recipes import dpo
 from preftune.recipes.meters import PairMeter
 from preftune.tensors import ResponseLogps, TokenGroup
@@ -187,3 +187,36 @@ def test_the_cached_reference_is_reused_by_another_loss_beta_and_run(
     dpo.main(config(tiny_model_folder, halves[0], tmp_path / "first"))
     card = dpo.main(config(tiny_model_folder, halves[0], tmp_path / "second", loss="ipo", epochs=2))
     assert "reference log-probs: 32 groups cached, 0 to compute" in card.notes
+
+
+def test_every_epoch_has_an_order_of_its_own(
+    tiny_model_folder: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """At a learning rate too small to matter, the steps of two epochs report the same pairs in another order."""
+    dpo.main(config(tiny_model_folder, halves[0], tmp_path / "run", epochs=2, lr=1e-12))
+    lengths = [row["metrics"]["length_chosen"] for row in rows(tmp_path / "run", "train")]
+    first, second = lengths[:4], lengths[4:]
+    assert sum(first) == pytest.approx(sum(second)), "the same rows"
+    assert first != second, "in another order"
+
+
+def test_a_prompt_of_the_evaluation_set_is_never_trained_on(
+    tiny_model_folder: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A row whose prompt is held out is refused by file and line; the run goes on without it when that is allowed."""
+    train, held_out = halves
+    leak = json.loads(held_out.read_text().splitlines()[0]) | {"chosen": " another answer"}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(train.read_text() + json.dumps(leak) + "\n")
+    with pytest.raises(DataError, match=r"mixed\.jsonl:33: prompt: stands in the evaluation data"):
+        dpo.main(config(tiny_model_folder, mixed, tmp_path / "refused", eval_data=str(held_out)))
+    card = dpo.main(config(tiny_model_folder, mixed, tmp_path / "run", eval_data=str(held_out), allow_refused=1))
+    assert (card.data["train"]["used"], card.data["train"]["refused"]) == (32, 1)
+
+
+def test_two_references_never_share_a_cache(tiny_model_folder: Path, halves: tuple[Path, Path], tmp_path: Path) -> None:
+    """Another starting policy finds nothing cached, and its certificate holds."""
+    dpo.main(config(tiny_model_folder, halves[0], tmp_path / "first", lr=1e-2))
+    card = dpo.main(config(tmp_path / "first" / "model", halves[0], tmp_path / "second"))
+    assert "reference log-probs: 0 groups cached, 32 to compute" in card.notes
+    assert any("step-0 certificate" in note for note in card.notes)
