@@ -21,8 +21,8 @@ RANKS = {
     **dict.fromkeys(("__init__", "records", "tensors", "errors"), 0),
     "equations": 1,
     **dict.fromkeys(("data", "models", "engine"), 2),
-    **dict.fromkeys(("judges", "evaluation", "theory", "worlds"), 3),
-    **dict.fromkeys(("recipes", "reports", "web"), 4),
+    **dict.fromkeys(("judges", "evaluation", "theory", "worlds", "reports"), 3),
+    **dict.fromkeys(("recipes", "web"), 4),
     "cli": 5,
     "__main__": 6,
 }

@@ -68,22 +68,23 @@ def main() -> None:
 
     started = time.monotonic()
     child = life(config(model, pairs, out / "whole", resume=False))
-    while not newest(out / "whole"):
-        time.sleep(0.002)
+    wait_for_step(1, out / "whole", child)
     startup = time.monotonic() - started
     assert wait(child) == 0
-    training = time.monotonic() - started - startup
+    per_step = (time.monotonic() - started - startup) / STEPS
 
     rng, kills = random.Random(seed), []
     for n in range(RANDOM_KILLS + KILLS_INSIDE_SAVE):
-        inside = n % 6 == 5
+        inside, before = n % 6 == 5, newest(out / "killed")
         child = life(
             config(model, pairs, out / "killed", resume=True), die_at_fsync=rng.randint(1, 12) if inside else 0
         )
         if not inside:
-            time.sleep(
-                rng.uniform(0.3 * startup, startup + 0.06 * training)
-            )  # so that all lives end before the run does
+            if rng.random() < 0.25:  # while it starts, or wherever that is on this machine
+                time.sleep(rng.uniform(0, startup))
+            else:
+                wait_for_step(before + rng.randint(1, 2), out / "killed", child)
+                time.sleep(rng.uniform(0, per_step))
             os.kill(child, signal.SIGKILL)
         code = wait(child)
         assert code in (0, -signal.SIGKILL), f"life {n} failed with {code}"
@@ -92,8 +93,14 @@ def main() -> None:
     print(json.dumps({"kills": kills, "whole": digest(out / "whole"), "killed": digest(out / "killed")}))
 
 
+def wait_for_step(step: int, run: Path, child: int) -> None:
+    """Until the run has a checkpoint of that step or the child has ended (and waits to be collected)."""
+    while newest(run) < step and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.001)
+
+
 def newest(run: Path) -> int:
-    return max((int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("step-*")), default=0)
+    return max((int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("step-*[0-9]")), default=0)
 
 
 def digest(run: Path) -> str:
