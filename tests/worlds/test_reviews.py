@@ -166,6 +166,18 @@ def test_judgements_keep_both_texts_their_rewards_and_who_judged():
     assert "scale 8" in verdict.judge
 
 
+def test_an_infinite_scale_leaves_nothing_to_chance():
+    """The larger reward always wins and equal rewards tie, even of different texts."""
+    texts = (" good.", " bad.", " very bad, and the plot was brilliant.", " good.", " fairly excellent.")
+    responses = [Response(text=text) for text in texts]
+    for a in responses:
+        for b in responses:
+            (verdict,) = judge([(ACTING, a, b)], scale=math.inf, seed=0)
+            difference = reward(ACTING, a.text) - reward(ACTING, b.text)
+            assert verdict.outcome == ("first" if difference > 0 else "second" if difference < 0 else "tie")
+    assert reward(ACTING, " hardly bad.") == reward(ACTING, " hardly very bad.") - 0.05 == 0.625
+
+
 def test_equal_texts_tie():
     """Two equal answers never get an arbitrary winner."""
     same = Response(text=" good.")

@@ -141,28 +141,30 @@ def reward(prompt: str, response: str) -> float:
 
 def preference_probability(first: float, second: float, *, scale: float) -> float:
     """P(first preferred) = sigmoid(scale * (first - second)) for two rewards; 1/2 when they are equal."""
+    if first == second:
+        return 0.5
     return (1 + math.tanh(scale * (first - second) / 2)) / 2  # the sigmoid, without overflow
 
 
 def judge(comparisons: Iterable[tuple[str, Response, Response]], *, scale: float, seed: int) -> list[Judgement]:
     """One Bradley-Terry draw per (prompt, first, second); both responses come back with their reward as score.
 
-    Equal texts tie; nothing else does. The same comparisons and seed give the same draws.
+    Equal texts tie. With `scale=math.inf` nothing is left to chance: the larger reward wins, equal rewards tie.
+    The same comparisons and seed give the same draws.
     """
     rng = random.Random(f"judge {seed}")
+    name = f"Bradley-Terry draw, scale {scale:g}" if scale < math.inf else "larger reward"
     judgements = []
     for prompt, *pair in comparisons:
         first, second = (replace(response, score=reward(prompt, response.text)) for response in pair)
         assert first.score is not None and second.score is not None
-        wins = rng.random() < preference_probability(first.score, second.score, scale=scale)
+        outcome: Literal["first", "second", "tie"] = "second"
+        if rng.random() < preference_probability(first.score, second.score, scale=scale):
+            outcome = "first"
+        if first.text == second.text or (scale == math.inf and first.score == second.score):
+            outcome = "tie"
         judgements.append(
-            Judgement(
-                prompt=prompt,
-                first=first,
-                second=second,
-                outcome="tie" if first.text == second.text else "first" if wins else "second",
-                judge=f"Bradley-Terry draw from the reviews reward, scale {scale:g}",
-            )
+            Judgement(prompt=prompt, first=first, second=second, outcome=outcome, judge=f"reviews reward: {name}")
         )
     return judgements
 
