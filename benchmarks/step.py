@@ -251,7 +251,7 @@ def report(rounds: dict[str, list[dict]], data: dict, args: argparse.Namespace) 
         print(f"\npreftune / trl-tuned: x{speed:.1f} in pairs per CPU second, x{memory:.2f} in peak memory")
     versions = {name: version(name) for name in ("preftune", "torch", "transformers", "trl")}
     facts = {
-        "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/step.py --rounds {args.rounds} --threads {args.threads} --dtype {args.dtype}",
         "versions": versions | {"python": platform.python_version()},
         "hardware": {"processor": processor(), "threads": args.threads},
         "settings": {"batch": BATCH, "dtype": args.dtype, "model": "Llama 64M: d 576, 10 layers, 9/3 heads, V 49152"},
