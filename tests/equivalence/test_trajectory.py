@@ -31,7 +31,7 @@ def trajectory(folder: Path) -> np.ndarray:
     return np.array([[row["loss"] for row in rows], [row["grad_norm"] for row in rows]])
 
 
-def agree(ours: Path, theirs: Path) -> None:
+def check_agreement(ours: Path, theirs: Path) -> None:
     (our_loss, our_norm), (their_loss, their_norm) = trajectory(ours), trajectory(theirs)
     assert len(our_loss) == len(their_loss) > 5
     assert np.ptp(our_loss) > 0.01, "the trajectory must move, or agreement means nothing"
@@ -57,7 +57,7 @@ def test_any_split_of_the_step_gives_one_trajectory(
 ) -> None:
     """Micro-batch size, checkpointing and the way the reference is named never change the losses."""
     changes = {k: str(tiny_model_folder) if v == "MODEL" else v for k, v in SPLITS[how].items()}
-    agree(run_dpo(tiny_model_folder, pairs_file, tmp_path / "run", changes), whole)
+    check_agreement(run_dpo(tiny_model_folder, pairs_file, tmp_path / "run", changes), whole)
 
 
 def test_padded_rows_give_the_packed_trajectory(
@@ -65,7 +65,7 @@ def test_padded_rows_give_the_packed_trajectory(
 ) -> None:
     """Where packing is not served, padded rows take the same steps."""
     monkeypatch.setattr("preftune.recipes.common.install", lambda model: "this test asks for padded rows")
-    agree(run_dpo(tiny_model_folder, pairs_file, tmp_path / "run", {}), whole)
+    check_agreement(run_dpo(tiny_model_folder, pairs_file, tmp_path / "run", {}), whole)
 
 
 def test_any_split_of_a_fine_tuning_step_gives_one_trajectory(
@@ -79,7 +79,7 @@ def test_any_split_of_a_fine_tuning_step_gives_one_trajectory(
                 model=str(tiny_model_folder), data=str(pairs_file), out=str(tmp_path / str(tokens)), **settings
             )
         )
-    agree(tmp_path / "128", tmp_path / "4096")
+    check_agreement(tmp_path / "128", tmp_path / "4096")
 
 
 @pytest.mark.parametrize("stage", ["dpo", "sft"])
