@@ -1,5 +1,7 @@
 """Fresh models and word tokenizers."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,6 +41,13 @@ def test_decoding_gives_the_text_back_without_spurious_spaces():
     tokenizer = word_tokenizer(WORDS)
     for text in ("The film, the film was good.", " good.", " was good, the film."):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_any_sequence_of_pieces_is_read_back_as_it_was_written():
+    """ids -> text -> ids is the identity, whatever a model strings together."""
+    tokenizer = word_tokenizer(WORDS)
+    for ids in itertools.product(range(3, 3 + len(WORDS)), repeat=3):
+        assert tokenizer(tokenizer.decode(ids))["input_ids"] == [1, *ids]
 
 
 def test_an_unknown_piece_becomes_unk_and_its_neighbours_stay():

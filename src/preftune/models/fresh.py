@@ -49,6 +49,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
     `words` are pieces as they stand in a text, a leading space included: `The`, ` acting`, `,`. So a text is the
     plain concatenation of its pieces and a prompt meets its response without a lost or an invented space.
+    A capital letter begins a piece, so that what a model glues together (` felt`, `The`) is read as it was written.
     Encoding a text puts BOS in front; a piece outside `words` becomes UNK. Raises ConfigError on a repeated word.
     """
     vocabulary = {word: index for index, word in enumerate([UNK, BOS, EOS, *words])}
@@ -57,7 +58,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
             f"{len(words)} words give {len(vocabulary)} tokens: every word once, none of {UNK} {BOS} {EOS}"
         )
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w[^\WA-Z]*|\W"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]

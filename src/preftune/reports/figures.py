@@ -129,10 +129,11 @@ def histogram(
 def _draw(axes: Axes, curve: Curve) -> None:
     colour = VARIABLES[curve.colour]
     if curve.faint:
-        axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.35, label=curve.label)
+        axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.35, zorder=1.5, label=curve.label)
         return
     marker = "o" if len(curve.steps) <= 40 else None
-    axes.plot(curve.steps, curve.values, color=colour, linewidth=1.6, marker=marker, markersize=3, label=curve.label)
+    width = 1.6 if len(curve.steps) <= 200 else 1.0
+    axes.plot(curve.steps, curve.values, color=colour, linewidth=width, marker=marker, markersize=3, label=curve.label)
     if curve.band is not None:
         axes.fill_between(curve.steps, *curve.band, color=colour, alpha=0.18, linewidth=0)
 
