@@ -14,7 +14,7 @@ from torch import Tensor
 from preftune.data.packing import pack
 from preftune.engine.reference_cache import ReferenceCache
 from preftune.equations.losses import LOSSES
-from preftune.errors import DataError, ReferenceMismatch, UserError
+from preftune.errors import ConfigError, DataError, ReferenceMismatch, UserError
 from preftune.recipes import dpo
 from preftune.recipes.meters import PairMeter
 from preftune.tensors import ResponseLogps, TokenGroup
@@ -220,3 +220,16 @@ def test_two_references_never_share_a_cache(tiny_model_folder: Path, halves: tup
     card = dpo.main(config(tmp_path / "first" / "model", halves[0], tmp_path / "second"))
     assert "reference log-probs: 0 groups cached, 32 to compute" in card.notes
     assert any("step-0 certificate" in note for note in card.notes)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(
+    tiny_model_folder: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Log-probs of different tokens cannot be compared: refused before anything is computed."""
+    from preftune.models.fresh import tiny_llama, word_tokenizer
+
+    tokenizer = word_tokenizer(["a", " b"])
+    tiny_llama(len(tokenizer), hidden=16, layers=1, heads=2).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="another vocabulary than model"):
+        dpo.main(config(tiny_model_folder, halves[0], tmp_path / "run", reference=str(tmp_path / "other")))

@@ -44,9 +44,9 @@ def main(cfg: DpoConfig) -> RunCard:
         batching.check(policy.model, train)
 
         plan = StepPlan(train, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
-        reference = Reference.of(cfg, policy, batching, run) if loss.needs_reference else None
-        if reference:
-            reference.fill([*train, *held_out], run)
+        reference = None
+        if loss.needs_reference:
+            reference = Reference.of(cfg, policy, batching, [*train, *held_out], run)
             certify_start(policy.model, batching, plan.groups_of(0, 0), objective, reference, run)
 
         loop = Loop(cfg, run, plan, policy, peak_lr=loss.learning_rate if cfg.lr is None else cfg.lr)

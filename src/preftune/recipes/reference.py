@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from preftune.engine.reference_cache import ReferenceCache
 from preftune.engine.run import Run
 from preftune.equations.losses import BoundLoss
-from preftune.errors import ReferenceMismatch
+from preftune.errors import ConfigError, ReferenceMismatch
 from preftune.models.load import LoadedModel
 from preftune.models.logprobs import score
 from preftune.recipes.common import Batching, open_model
@@ -31,35 +31,42 @@ class Reference:
     """Cached log pi_ref of every completion token, shared by every loss, beta, epoch and run."""
 
     cache: ReferenceCache
-    model: nn.Module
-    batching: Batching
     same_weights: bool
     """True when the policy starts exactly at this reference."""
 
     @classmethod
-    def of(cls, cfg: DpoConfig, policy: LoadedModel, batching: Batching, run: Run) -> Reference:
-        """The model of `--reference`, else the exact weights the policy starts from."""
+    def of(
+        cls, cfg: DpoConfig, policy: LoadedModel, batching: Batching, groups: Sequence[TokenGroup], run: Run
+    ) -> Reference:
+        """The model of `--reference`, else the exact weights the policy starts from, on these groups.
+
+        What the cache does not hold yet is computed; stopping half-way loses nothing. A reference of its own leaves
+        memory when this returns. Raises ConfigError when its vocabulary is not the policy's.
+        """
         loaded = policy
         if cfg.reference:
             loaded, batching = open_model(cfg.reference, cfg, run, role="reference")
+            if loaded.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+                raise ConfigError(
+                    f"reference {cfg.reference} has another vocabulary than model {cfg.model}: log-probs of different "
+                    "tokens cannot be compared; choose a reference with the model's tokenizer"
+                )
         identity = {
             "weights": loaded.weights_sha256,
             "tokenizer": policy.tokenizer_sha256,
             "dtype": str(next(loaded.model.parameters()).dtype),
             "rows": "packed" if batching.packed else "padded",
         }
-        return cls(ReferenceCache(identity), loaded.model, batching, loaded.weights_sha256 == policy.weights_sha256)
-
-    def fill(self, groups: Sequence[TokenGroup], run: Run) -> None:
-        """Compute what the cache does not hold yet; stopping half-way loses nothing."""
-        missing = self.cache.missing(groups)
+        cache = ReferenceCache(identity)
+        missing = cache.missing(groups)
         run.note(f"reference log-probs: {len(groups) - len(missing)} groups cached, {len(missing)} to compute")
         with torch.no_grad(), run.working("reference", len(missing)) as advance:
             for start in range(0, len(missing), GROUPS_AT_ONCE):
-                for batch in self.batching(missing[start : start + GROUPS_AT_ONCE]):
-                    self.cache.append(batch.groups, score(self.model, batch))
+                for batch in batching(missing[start : start + GROUPS_AT_ONCE]):
+                    cache.append(batch.groups, score(loaded.model, batch))
                     advance(len(batch.groups))
-            self.cache.flush()
+            cache.flush()
+        return cls(cache, same_weights=loaded.weights_sha256 == policy.weights_sha256)
 
     def lookup(self, batch: PackedBatch) -> Tensor:
         """[C] log pi_ref of the batch's scored tokens, float32, on the batch's device."""
@@ -71,12 +78,10 @@ def certify_start(
     batching: Batching,
     groups: Sequence[TokenGroup],
     objective: BoundLoss,
-    reference: Reference | None,
+    reference: Reference,
     run: Run,
 ) -> None:
     """At step 0 every log-ratio is 0 and the loss is the loss's own constant, or the run stops with the cause."""
-    if reference is None:
-        return
     dtype = next(policy.parameters()).dtype
     tolerance = TOLERANCE[dtype]
     worst, where, total, slack = 0.0, "", 0.0, 1e-6
