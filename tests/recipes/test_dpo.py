@@ -233,3 +233,14 @@ def test_a_reference_with_another_vocabulary_is_refused(
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="another vocabulary than model"):
         dpo.main(config(tiny_model_folder, halves[0], tmp_path / "run", reference=str(tmp_path / "other")))
+
+
+def test_a_row_longer_than_the_model_s_positions_is_refused(
+    tiny_model_folder: Path, halves: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Beyond its positions a model extrapolates or crashes: the row and the setting that fits are named."""
+    row = json.loads(halves[0].read_text().splitlines()[0])
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps(row) + "\n" + json.dumps(row | {"chosen": " cat" * 600}) + "\n")
+    with pytest.raises(ConfigError, match=r"long\.jsonl:2 is \d+ tokens long and the model has 512 positions"):
+        dpo.main(config(tiny_model_folder, long, tmp_path / "run", max_length=4096))

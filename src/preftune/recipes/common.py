@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from preftune.data.doctor import check_refusals, prepare
-from preftune.data.packing import StepPlan, fed_tokens, micro_batches
+from preftune.data.packing import StepPlan, micro_batches
 from preftune.data.sources import open_source
 from preftune.engine.checkpoint import Checkpoints, rng_state, set_rng_state
 from preftune.engine.memory import keep_freed_memory
 from preftune.engine.optim import Optimizer
 from preftune.engine.run import Run
 from preftune.engine.schedule import learning_rate
+from preftune.errors import ConfigError
 from preftune.models.attention import install
 from preftune.models.load import LoadedModel, load, save
 from preftune.models.logprobs import check_packing
@@ -46,12 +46,20 @@ class Batching:
         for batch in micro_batches(groups, tokens_per_batch=budget, packed=self.packed, pad_id=self.pad_id):
             yield batch.to(self.device)
 
-    def check(self, model: nn.Module, groups: Sequence[TokenGroup]) -> None:
+    def check(self, model: Any, groups: Sequence[TokenGroup]) -> None:
         """Our log-probs equal those of each sequence alone, on the longest group and the first few, or the run stops.
 
-        The longest is among them because a sliding window shows only in sequences that outgrow it.
+        The longest is among them because a sliding window shows only in sequences that outgrow it. Raises ConfigError
+        when it outgrows the model's positions, RunError when log-probs differ.
         """
-        longest = max(groups, key=fed_tokens)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(groups, key=lambda group: len(group.prompt) + max(map(len, group.responses)))
+        tokens = len(longest.prompt) + max(map(len, longest.responses))
+        if positions is not None and tokens > positions:
+            raise ConfigError(
+                f"{longest.origin} is {tokens} tokens long and the model has {positions} positions; "
+                f"set --max_length {positions} and say with --truncation what becomes of longer rows"
+            )
         for batch in self([longest, *groups[:CHECKED]]):
             check_packing(model, batch)
 

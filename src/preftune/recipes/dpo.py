@@ -41,7 +41,7 @@ def main(cfg: DpoConfig) -> RunCard:
     with Run.open(cfg.out, stage="dpo", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
         policy, batching = open_model(cfg.model, cfg, run)
         train, held_out = read_data(cfg, policy.tokenizer, run, kind="preferences")
-        batching.check(policy.model, train)
+        batching.check(policy.model, [*train, *held_out])
 
         plan = StepPlan(train, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
         reference = None

@@ -33,7 +33,7 @@ def main(cfg: SftConfig) -> RunCard:
     with Run.open(cfg.out, stage="sft", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
         model, batching = open_model(cfg.model, cfg, run)
         train, held_out = read_data(cfg, model.tokenizer, run, kind="demonstrations")
-        batching.check(model.model, train)
+        batching.check(model.model, [*train, *held_out])
 
         plan = StepPlan(train, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
         loop = Loop(cfg, run, plan, model, peak_lr=cfg.lr)
