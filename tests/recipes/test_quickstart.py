@@ -4,6 +4,7 @@ import html
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,15 @@ from preftune.recipes.configs import QuickstartConfig
 from preftune.records import Judgement, Response, from_json
 from preftune.worlds.reviews import prompts, reward
 
-TINY = quickstart.Size(hidden=16, reviews=300, prompts=48, held_out=24, epochs=1, lr=1e-3)
+TINY = quickstart.Size(hidden=32, reviews=1500, prompts=160, held_out=24, epochs=4, lr=1e-3)
 
 
 def lines(path):
     return [from_json(line) for line in path.read_text().splitlines()]
+
+
+def numbers(card):
+    return {name: value for name, value in card.results.items() if name != "look_next"}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +38,18 @@ def fast(tmp_path_factory):
     return out, time.process_time() - start
 
 
-def tiny(out, monkeypatch, seed=0):
-    monkeypatch.setattr(quickstart, "FAST", TINY)
-    return quickstart.main(QuickstartConfig(out=str(out), fast=True, seed=seed))
+def tiny(out, seed=0):
+    """The card of a run too small to mean anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "FAST", TINY)
+        return quickstart.main(QuickstartConfig(out=str(out), fast=True, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, card) of an uninterrupted tiny run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, tiny(out)
 
 
 @pytest.mark.slow
@@ -118,36 +132,41 @@ def test_the_report_shows_the_run(fast):
     assert results["look_next"]["why"] in page and results["look_next"]["command"] in page
 
 
-def test_the_next_command_is_accepted(tmp_path, monkeypatch):
+def test_the_next_command_is_accepted(whole):
     """What the report proposes is a valid command on files that exist."""
-    card = tiny(tmp_path / "run", monkeypatch)
+    _, card = whole
     stage, config = cli.parse(card.results["look_next"]["command"].split()[1:])
     assert stage == "dpo" and config.beta == 0.3
-    assert all((tmp_path / "run").joinpath(p).exists() for p in (config.model, config.data, config.eval_data))
+    assert all(Path(path).exists() for path in (config.model, config.data, config.eval_data))
 
 
-def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tmp_path, monkeypatch):
-    """World, weights, samples, labels and training all follow the seed."""
-    runs = {name: tiny(tmp_path / name, monkeypatch, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))}
-    numbers = {name: {k: v for k, v in card.results.items() if k != "look_next"} for name, card in runs.items()}
-    assert numbers["a"] == numbers["b"] != numbers["c"]
-    texts = {name: (tmp_path / name / "pairs.jsonl").read_text() for name in runs}
-    assert texts["a"] == texts["b"] != texts["c"]
+def test_the_same_seed_gives_the_same_answers_and_another_seed_others(whole, tmp_path):
+    """World, weights, samples, labels and training all follow the seed; another seed gives another run."""
+    folder, card = whole
+    again, other = tiny(tmp_path / "again"), tiny(tmp_path / "other", seed=1)
+    assert numbers(again) == numbers(card) != numbers(other)
+    texts = [(path / "pairs.jsonl").read_text() for path in (folder, tmp_path / "again", tmp_path / "other")]
+    assert texts[0] == texts[1] != texts[2]
 
 
-def test_called_again_it_continues_what_was_interrupted(tmp_path, monkeypatch, capsys):
+def test_called_again_it_continues_what_was_interrupted(whole, tmp_path):
     """Stopped between two stages, the same command ends with the numbers of an uninterrupted run."""
-    whole = tiny(tmp_path / "whole", monkeypatch)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart.dpo, "main", lambda cfg: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            tiny(tmp_path / "run", monkeypatch)
+            tiny(tmp_path / "run")
     assert from_json((tmp_path / "run" / "run.json").read_text()).status == "stopped"
-    again = tiny(tmp_path / "run", monkeypatch)
-    assert {**again.results, "look_next": ""} == {**whole.results, "look_next": ""} and again.status == "done"
-    assert tiny(tmp_path / "run", monkeypatch).results == again.results
+    continued = tiny(tmp_path / "run")
+    assert continued.status == "done" and numbers(continued) == numbers(whole[1])
+    assert continued.hashes["policy_weights"] != continued.hashes["reference_weights"]
+
+
+def test_a_finished_run_is_shown_again_and_never_mixed_with_another(whole):
+    """The same command on a finished run ends with its numbers at once; another seed is refused."""
+    folder, card = whole
+    assert numbers(tiny(folder)) == numbers(card)
     with pytest.raises(ResumeMismatch, match="seed: 1"):
-        tiny(tmp_path / "run", monkeypatch, seed=1)
+        tiny(folder, seed=1)
 
 
 def test_ties_empty_and_cut_off_answers_teach_nothing(tmp_path):

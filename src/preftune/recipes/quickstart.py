@@ -86,7 +86,7 @@ def main(cfg: QuickstartConfig) -> RunCard:
         )  # fmt: skip
         sft.main(imitate)
 
-        start, batching = open_model(f"{imitate.out}/model", imitate, run)
+        start, batching = open_model(f"{imitate.out}/model", imitate, run, role="reference")
         asked, held_out = prompts("train")[: size.prompts], prompts("held_out")[: size.held_out]
         answers = answer(start, [*asked, *held_out], run, n=2, seed=cfg.seed, what="two answers per prompt")
         questions = zip([*asked, *held_out], answers, strict=True)
@@ -102,7 +102,7 @@ def main(cfg: QuickstartConfig) -> RunCard:
         )  # fmt: skip
         dpo.main(prefer)
 
-        policy, _ = open_model(f"{prefer.out}/model", prefer, run)
+        policy, _ = open_model(f"{prefer.out}/model", prefer, run, role="policy")
         before = [label.first for label in labels[size.prompts :]]
         after = [one for (one,) in answer(policy, held_out, run, n=1, seed=cfg.seed + 1, what="answers after DPO")]
         compared = judge(zip(held_out, before, after, strict=True), scale=math.inf, seed=cfg.seed)
