@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from preftune.engine.card import read_card
 from preftune.engine.run import Run
 from preftune.equations.stats import Interval, mean_interval, paired_bootstrap, wilson
 from preftune.models.fresh import tiny_llama, word_tokenizer
@@ -66,11 +67,9 @@ COMMAND = (
 def main(cfg: QuickstartConfig) -> RunCard:
     """Run the loop in `cfg.out`; ends with `report.html`. Called again, it continues what was interrupted."""
     size, out = FAST if cfg.fast else FULL, Path(cfg.out)
-    with (
-        one_thread(),
-        Run.open(out, stage="quickstart", config=cfg.model_dump(), resume=(out / "run.json").exists()) as run,
-    ):
-        run.note(f"seed {cfg.seed}; every file of this run is in {out}")
+    ended = (out / "run.json").exists() and read_card(out / "run.json").status == "done"
+    with one_thread(), Run.open(out, stage="quickstart", config=cfg.model_dump(), resume=ended) as run:
+        run.note(f"seed {cfg.seed}; every file of this run is in {out}; after Ctrl-C the same command continues")
 
         reviews = corpus(size.reviews, seed=cfg.seed)
         rows = ({"prompt": review.prompt, "completion": review.response.text} for review in reviews)
