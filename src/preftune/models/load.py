@@ -106,7 +106,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path, *, state: Mapping[str, 
         folder.parent.mkdir(parents=True, exist_ok=True)
         weights = _replaced(model.state_dict(), state or {})
         with quiet():
-            model.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+            model.save_pretrained(temporary, state_dict=dict(weights), max_shard_size="5GB")  # it empties what it gets
             tokenizer.save_pretrained(temporary)
         _write_dtype(temporary / "config.json", weights)
         (temporary / "README.md").write_text(card, encoding="utf-8")
