@@ -185,9 +185,6 @@ def _batch(
 ) -> PackedBatch:
     """Adds what `pack` and `pad` share: targets, lengths and pairs, ordered group, response, time."""
     responses = [r for g in groups for r in g.responses]
-    before = np.cumsum([0, *(len(g.responses) for g in groups)])
-    pairs = [(at + w, at + l, g.weight) for at, g in zip(before, groups, strict=False) for w, l in g.pairs]
-    chosen, rejected, weight = zip(*pairs, strict=True) if pairs else ((), (), ())
     return PackedBatch(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -196,10 +193,6 @@ def _batch(
         predict_at=predict_at,
         targets=_row(responses),
         lengths=torch.tensor([len(r) for r in responses]),
-        index=PairIndex(
-            chosen=torch.tensor(chosen, dtype=torch.int64),
-            rejected=torch.tensor(rejected, dtype=torch.int64),
-            weight=torch.tensor(weight, dtype=torch.float32),
-        ),
+        index=PairIndex.of(groups),
         groups=tuple(groups),
     )

@@ -1,4 +1,4 @@
-"""The ranges of the losses' knobs, as annotations: a signature then says name, default and range in one place."""
+"""Ranges of the losses' knobs and marks of their state, as annotations: a signature says name, default and range."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-__all__ = ["NonNegative", "Positive", "Range", "Smoothing"]
+__all__ = ["NonNegative", "Positive", "Range", "Smoothing", "State", "Unit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +30,7 @@ Positive = Annotated[float, Range(0.0)]
 NonNegative = Annotated[float, Range(0.0, closed=True)]
 Smoothing = Annotated[float, Range(0.0, 0.5, closed=True)]
 """The share of labels believed to be flipped: at one half a label says nothing, above it says the opposite."""
+Unit = Annotated[float, Range(0.0, math.nextafter(1.0, 2.0), closed=True)]
+"""A share: 0 to 1, both included."""
+State = Annotated[float, "state"]
+"""Not a knob but a number the loss remembers from step to step; the default is where it starts."""

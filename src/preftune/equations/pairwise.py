@@ -23,15 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from preftune.equations.contract import Loss
 from preftune.equations.knobs import Positive, Smoothing
-from preftune.tensors import PairLogps
+from preftune.tensors import PairLogps, ResponseLogps
 
 __all__ = [
+    "LOSSES",
     "cdpo",
     "cdpo_weights",
     "dpo",
     "dpo_loss",
-    "dpo_rewards",
+    "dpo_reward",
     "dpo_weights",
     "hinge",
     "hinge_at_start",
@@ -40,9 +42,9 @@ __all__ = [
     "ipo",
     "ipo_at_start",
     "ipo_average",
-    "ipo_average_rewards",
+    "ipo_average_reward",
     "ipo_average_weights",
-    "ipo_rewards",
+    "ipo_reward",
     "ipo_weights",
     "logistic_at_start",
     "robust",
@@ -105,9 +107,9 @@ def implicit_reward(log_ratio: Tensor, *, beta: float) -> Tensor:
     return beta * log_ratio.detach()
 
 
-def dpo_rewards(pairs: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:
-    """Implicit rewards (r_w [T], r_l [T]), detached: beta a and beta b."""
-    return implicit_reward(pairs.chosen_log_ratio, beta=beta), implicit_reward(pairs.rejected_log_ratio, beta=beta)
+def dpo_reward(responses: ResponseLogps, *, beta: float) -> Tensor:
+    """r^ = beta log(pi / pi_ref) [R]."""
+    return implicit_reward(responses.log_ratio, beta=beta)
 
 
 # --- labels that may be flipped --------------------------------------------------------------------------------------
@@ -173,9 +175,9 @@ def ipo_at_start(*, tau: float) -> float:
     return 1 / (4 * tau**2)
 
 
-def ipo_rewards(pairs: PairLogps, *, tau: float) -> tuple[Tensor, Tensor]:
-    """(r_w [T], r_l [T]), detached: tau a and tau b; the loss asks for a margin of one half."""
-    return dpo_rewards(pairs, beta=tau)
+def ipo_reward(responses: ResponseLogps, *, tau: float) -> Tensor:
+    """r^ = tau log(pi / pi_ref) [R]; the loss asks for a margin of one half."""
+    return implicit_reward(responses.log_ratio, beta=tau)
 
 
 def ipo_average(pairs: PairLogps, *, tau: Positive = 1.0) -> Tensor:
@@ -194,10 +196,9 @@ def ipo_average_weights(pairs: PairLogps, *, tau: Positive = 1.0) -> tuple[Tenso
     return pull_T / pairs.chosen_length, pull_T / pairs.rejected_length
 
 
-def ipo_average_rewards(pairs: PairLogps, *, tau: float) -> tuple[Tensor, Tensor]:
-    """(r_w [T], r_l [T]), detached: tau a/n_w and tau b/n_l."""
-    r_w, r_l = ipo_rewards(pairs, tau=tau)
-    return r_w / pairs.chosen_length, r_l / pairs.rejected_length
+def ipo_average_reward(responses: ResponseLogps, *, tau: float) -> Tensor:
+    """r^ = tau log(pi / pi_ref) / n [R]."""
+    return ipo_reward(responses, tau=tau) / responses.length
 
 
 # --- hinge -----------------------------------------------------------------------------------------------------------
@@ -249,3 +250,58 @@ def _check_index_pairs(yw_idxs: Tensor, yl_idxs: Tensor, responses: int) -> None
     if bool((yw_idxs == yl_idxs).any()):
         pair = int((yw_idxs == yl_idxs).int().argmax())
         raise ValueError(f"pair {pair} compares response {int(yw_idxs[pair])} with itself")
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+LOSSES = (
+    Loss(
+        name="dpo",
+        function=dpo,
+        weights=dpo_weights,
+        reward=dpo_reward,
+        at_start=logistic_at_start,
+        learning_rate=1e-6,  # arXiv 2305.18290 Appendix B (RMSprop, batch 64)
+    ),
+    Loss(
+        name="cdpo",
+        function=cdpo,
+        weights=cdpo_weights,
+        reward=dpo_reward,
+        at_start=logistic_at_start,
+        learning_rate=5e-7,  # the released online DPO recipe of RLHFlow, label smoothing 0.1
+    ),
+    Loss(
+        name="robust",
+        function=robust,
+        weights=robust_weights,
+        reward=dpo_reward,
+        at_start=logistic_at_start,
+        learning_rate=5e-7,  # as cdpo; the 1e-3 of arXiv 2403.00409 Appendix B is for its GPT-2 experiment
+    ),
+    Loss(
+        name="ipo",
+        function=ipo,
+        weights=ipo_weights,
+        reward=ipo_reward,
+        at_start=ipo_at_start,
+        learning_rate=5e-7,  # arXiv 2402.04792; the 1e-2 of arXiv 2310.12036 Appendix C is for its bandits
+    ),
+    Loss(
+        name="ipo_average",
+        function=ipo_average,
+        weights=ipo_average_weights,
+        reward=ipo_average_reward,
+        at_start=ipo_at_start,
+        learning_rate=5e-7,  # as ipo: the optimizers named above are blind to the loss's scale
+    ),
+    Loss(
+        name="hinge",
+        function=hinge,
+        weights=hinge_weights,
+        reward=dpo_reward,
+        at_start=hinge_at_start,
+        learning_rate=5e-7,  # arXiv 2402.04792, its SLiC runs
+    ),
+)
+"""The losses above."""

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from preftune.equations.contract import Loss
 from preftune.equations.knobs import NonNegative, Positive
-from preftune.tensors import PairLogps
+from preftune.tensors import PairLogps, ResponseLogps
 
-__all__ = ["simpo", "simpo_rewards", "simpo_weights"]
+__all__ = ["LOSSES", "simpo", "simpo_reward", "simpo_weights"]
 
 
 def simpo(pairs: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0) -> Tensor:
@@ -29,13 +30,25 @@ def simpo_weights(pairs: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative 
     return pull_T / pairs.chosen_length, pull_T / pairs.rejected_length
 
 
-def simpo_rewards(pairs: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:
-    """(r_w [T], r_l [T]), detached: beta p_w and beta p_l, Eq. 4 of the paper."""
-    r_w = beta * pairs.chosen / pairs.chosen_length
-    r_l = beta * pairs.rejected / pairs.rejected_length
-    return r_w.detach(), r_l.detach()
+def simpo_reward(responses: ResponseLogps, *, beta: float) -> Tensor:
+    """r^ = beta p [R], Eq. 4 of the paper."""
+    return beta * responses.policy / responses.length
 
 
 def _mean_logp_gap(pairs: PairLogps) -> Tensor:
     """p_w - p_l [T], nats per token."""
     return pairs.chosen / pairs.chosen_length - pairs.rejected / pairs.rejected_length
+
+
+LOSSES = (
+    Loss(
+        name="simpo",
+        function=simpo,
+        weights=simpo_weights,
+        reward=simpo_reward,
+        at_start=None,
+        needs=frozenset(),
+        learning_rate=5e-7,  # the authors' repository: 3e-7 to 1e-6 by model, incoherent text at 1e-5
+    ),
+)
+"""The losses above."""
