@@ -2,14 +2,15 @@
 
 The oracles are exact arithmetic (`decimal`, 60 digits): they raise the four probabilities to powers and take
 quotients, so they share neither formula nor rounding with `preftune.equations`, and e^-10000 is an ordinary number.
+The rows of each family of losses stand in a module of their own; `loss_rows` is all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, localcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,25 +30,43 @@ class Points:
     ref_l: Tensor
     n_w: Tensor
     n_l: Tensor
+    score_gap: Tensor
+    """The source's score of w minus that of l."""
+    shared_w: Tensor
+    shared_l: Tensor
+    """Share of each log-ratio that falls on the first min(n_w, n_l) tokens: 1 for the shorter response."""
+    kl_w: Tensor
+    kl_l: Tensor
+    """Sums over tokens of KL(pi_ref || pi), >= 0."""
+    align_w: Tensor
+    align_l: Tensor
+    """WPO's mean alignment, nats."""
 
     def pairs(self) -> PairLogps:
         """The weight is NaN: a loss that reads it is a loss that reduces, which is the caller's business."""
+        a, b = self.pi_w - self.ref_w, self.pi_l - self.ref_l
         return PairLogps(
-            self.pi_w,
-            self.pi_l,
-            self.pi_w - self.ref_w,
-            self.pi_l - self.ref_l,
-            self.n_w,
-            self.n_l,
-            torch.full_like(self.pi_w, torch.nan),
-        )
+            self.pi_w, self.pi_l, a, b, self.n_w, self.n_l, torch.full_like(self.pi_w, torch.nan),
+            self.score_gap, self.shared_w * a.detach(), self.shared_l * b.detach(),
+            self.kl_w, self.kl_l, self.align_w, self.align_l,
+        )  # fmt: skip
 
     def swapped(self) -> Points:
-        return Points(self.pi_l, self.pi_w, self.ref_l, self.ref_w, self.n_l, self.n_w)
+        return Points(
+            self.pi_l, self.pi_w, self.ref_l, self.ref_w, self.n_l, self.n_w, -self.score_gap,
+            self.shared_l, self.shared_w, self.kl_l, self.kl_w, self.align_l, self.align_w,
+        )  # fmt: skip
 
     def leaves(self, dtype: torch.dtype = torch.float64) -> Points:
-        pi_w, pi_l = (t.detach().to(dtype).requires_grad_() for t in (self.pi_w, self.pi_l))
-        return Points(pi_w, pi_l, *(t.to(dtype) for t in (self.ref_w, self.ref_l, self.n_w, self.n_l)))
+        """The same points in `dtype`, the policy's log-probabilities ready to be differentiated by."""
+        cast = self.map(lambda t: t.detach().to(dtype))
+        return replace(cast, pi_w=cast.pi_w.requires_grad_(), pi_l=cast.pi_l.requires_grad_())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Points:
+        return Points(*(function(getattr(self, f.name)) for f in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.pi_w)
 
 
 def random_points(count: int, seed: int = 0, *, length: int | None = None) -> Points:
@@ -62,19 +81,33 @@ def random_points(count: int, seed: int = 0, *, length: int | None = None) -> Po
         return ref + 15 * torch.randn(count, generator=g, dtype=torch.float64), ref, n
 
     (pi_w, ref_w, n_w), (pi_l, ref_l, n_l) = one_side(), one_side()
-    return Points(pi_w, pi_l, ref_w, ref_l, n_w, n_l)
+    return _complete(pi_w, pi_l, ref_w, ref_l, n_w, n_l, g)
+
+
+def _complete(
+    pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor, n_w: Tensor, n_l: Tensor, g: torch.Generator
+) -> Points:
+    """Draws what only some losses read: scores, shares on shared tokens, divergences, alignments."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(pi_w), generator=g, dtype=torch.float64)
+
+    shared_w, shared_l = (torch.where(n <= other, 1.0, uniform(0.2, 0.9)) for n, other in ((n_w, n_l), (n_l, n_w)))
+    kl_w, kl_l, align_w, align_l = uniform(0, 8), uniform(0, 8), uniform(-3, 1), uniform(-3, 1)
+    return Points(pi_w, pi_l, ref_w, ref_l, n_w, n_l, uniform(0.1, 4), shared_w, shared_l, kl_w, kl_l, align_w, align_l)
 
 
 def extreme_points(scale: float) -> Points:
     """Gaps D of 0 and of +-1e-4 to +-1e4 over `scale`, one token a side; subtracting them is exact in float32 too."""
     gap = torch.tensor([sign * 10.0**k for k in range(-4, 5) for sign in (-1, 1)] + [0.0]).double() / scale
     ref = -2 * gap.abs() - (gap == 0).double()
-    return Points(ref + gap / 2, ref - gap / 2, ref, ref, torch.ones_like(gap), torch.ones_like(gap))
+    one = torch.ones_like(gap)
+    return _complete(ref + gap / 2, ref - gap / 2, ref, ref, one, one, torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True)
 class Chances:
-    """One pair as probabilities: policy and reference, chosen (w) and rejected (l), and the token counts."""
+    """One pair as probabilities: policy and reference, chosen (w) and rejected (l), token counts, and the extras."""
 
     w: Decimal
     l: Decimal
@@ -82,80 +115,31 @@ class Chances:
     ref_l: Decimal
     n_w: int
     n_l: int
+    score_gap: Decimal
+    shared_w: Decimal
+    """Share of the log-ratio, not a probability; the same for the fields below: see `Points`."""
+    shared_l: Decimal
+    kl_w: Decimal
+    kl_l: Decimal
+    align_w: Decimal
+    align_l: Decimal
 
 
-Oracle = Callable[..., Decimal]
+Oracle = Callable[..., Any]
+"""(Chances, *, knobs, state) -> Decimal; of a coupled loss (list of Chances, *, knobs, state) -> list of Decimals."""
 
 
-def exact(oracle: Oracle, points: Points, knobs: Knobs) -> Tensor:
+def exact(oracle: Oracle, points: Points, knobs: Knobs, *, coupled: bool = False) -> Tensor:
     """The oracle's value at every point, [T] float64."""
     exact_knobs = {name: Decimal(value) for name, value in knobs.items()}
-    columns = [t.tolist() for t in (points.pi_w, points.pi_l, points.ref_w, points.ref_l, points.n_w, points.n_l)]
-    values = []
+    columns = [getattr(points, f.name).tolist() for f in fields(points)]
     with localcontext(prec=60):
-        for *logs, n_w, n_l in zip(*columns, strict=True):
-            chances = Chances(*(Decimal(x).exp() for x in logs), int(n_w), int(n_l))
-            values.append(float(oracle(chances, **exact_knobs)))
-    return torch.tensor(values, dtype=torch.float64)
-
-
-# --- the losses, derived again ---------------------------------------------------------------------------------------
-
-
-def wins(q: Chances, beta: Decimal) -> tuple[Decimal, Decimal]:
-    """Bradley-Terry on strengths (pi / pi_ref)^beta: the chances that w beats l and that l beats w."""
-    w, l = (q.w / q.ref_w) ** beta, (q.l / q.ref_l) ** beta
-    return w / (w + l), l / (w + l)
-
-
-def dpo(q: Chances, beta: Decimal) -> Decimal:
-    """Surprise at the label."""
-    return -wins(q, beta)[0].ln()
-
-
-def cdpo(q: Chances, beta: Decimal, label_smoothing: Decimal) -> Decimal:
-    """Expected surprise when a fair labeller errs now and then."""
-    right, wrong = wins(q, beta)
-    return -((1 - label_smoothing) * right.ln() + label_smoothing * wrong.ln())
-
-
-def robust(q: Chances, beta: Decimal, label_smoothing: Decimal) -> Decimal:
-    """The loss of the observed label that solves "mean over flips = clean loss" for both labels at once (Cramer)."""
-    right, wrong = wins(q, beta)
-    keep, flip = 1 - label_smoothing, label_smoothing
-    return (keep * -right.ln() - flip * -wrong.ln()) / (keep * keep - flip * flip)
-
-
-def _regression(h: Decimal, tau: Decimal) -> Decimal:
-    """Regress h on I/tau, I the fair coin of which response is called first; its noise, 1/(4 tau^2), taken off."""
-    half = Decimal("0.5")
-    return half * (h - 1 / tau) ** 2 + half * h**2 - 1 / (2 * tau) ** 2
-
-
-def ipo(q: Chances, tau: Decimal) -> Decimal:
-    return _regression(((q.w * q.ref_l) / (q.l * q.ref_w)).ln(), tau)
-
-
-def ipo_average(q: Chances, tau: Decimal) -> Decimal:
-    """Geometric means over tokens in place of the products."""
-    w, l = (q.w / q.ref_w) ** (1 / Decimal(q.n_w)), (q.l / q.ref_l) ** (1 / Decimal(q.n_l))
-    return _regression((w / l).ln(), tau)
-
-
-def hinge(q: Chances, beta: Decimal) -> Decimal:
-    """No loss once w's strength is e times l's."""
-    right, wrong = wins(q, beta)
-    e = Decimal(1).exp()
-    return Decimal(0) if right >= e * wrong else (e * wrong / right).ln()
-
-
-def simpo(q: Chances, beta: Decimal, gamma: Decimal) -> Decimal:
-    """Surprise at the label when l is given a head start of e^gamma and strengths are mean token probabilities."""
-    w, l = q.w ** (beta / q.n_w), q.l ** (beta / q.n_l) * gamma.exp()
-    return -(w / (w + l)).ln()
-
-
-# --- closed-form optima over all responses ---------------------------------------------------------------------------
+        chances = [
+            Chances(*(Decimal(x).exp() for x in row[:4]), int(row[4]), int(row[5]), *map(Decimal, row[6:]))
+            for row in zip(*columns, strict=True)
+        ]
+        values = oracle(chances, **exact_knobs) if coupled else [oracle(q, **exact_knobs) for q in chances]
+        return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -170,47 +154,6 @@ class World:
     """[V, V] P(row beats column), P + P' = 1."""
     length: Tensor
     """[V] tokens."""
-
-
-def kl_optimum(world: World, beta: float, **_: float) -> Tensor:
-    """pi_ref exp(r / beta) / Z."""
-    weights = world.reference * torch.exp(world.reward / beta)
-    return weights / weights.sum()
-
-
-def calibrated_optimum(world: World, beta: float, label_smoothing: float) -> Tensor:
-    """V = 2 and a certain winner: the odds over the reference are those of a right label, to the power 1/beta."""
-    odds = torch.tensor([((1 - label_smoothing) / label_smoothing) ** (1 / beta), 1.0], dtype=torch.float64)
-    return world.reference * odds / (world.reference * odds).sum()
-
-
-def ipo_optimum(world: World, tau: float) -> Tensor:
-    """pi_ref exp(P(y beats pi_ref) / tau) / Z (arXiv 2310.12036 Section 5): any preferences, transitive or not."""
-    weights = world.reference * torch.exp(world.beats @ world.reference / tau)
-    return weights / weights.sum()
-
-
-def ipo_average_optimum(world: World, tau: float) -> Tensor:
-    """pi_ref exp(n (P(y beats pi_ref) / tau + c)), c by normalisation: the same advantage pays per token."""
-    return _normalised(world.reference.log(), world.length, world.beats @ world.reference / tau)
-
-
-def simpo_optimum(world: World, beta: float, gamma: float) -> Tensor:
-    """exp(n (r / beta + c)) at gamma = 0: no trace of the reference, and long responses gain or lose by length."""
-    assert gamma == 0
-    return _normalised(torch.zeros_like(world.reward), world.length, world.reward / beta)
-
-
-def _normalised(base: Tensor, length: Tensor, per_token: Tensor) -> Tensor:
-    """exp(base + length (per_token + c)) with the c, found by bisection, that makes it sum to one."""
-    low, high = -100.0, 100.0
-    for _ in range(200):
-        c = (low + high) / 2
-        low, high = (c, high) if torch.logsumexp(base + length * (per_token + c), 0) < 0 else (low, c)
-    return torch.exp(base + length * (per_token + low))
-
-
-# --- the rows --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,13 +176,19 @@ class Row:
     other: Knobs
     """A second value of every knob."""
     at_start: tuple[float, float] | None
-    """The value at policy == reference, worked out by hand, for default knobs and for `other`."""
-    swap: Callable[..., Tensor]
-    """L(w, l) - L(l, w) as a function of the margin that the loss looks at."""
-    shift: Literal["response", "token"]
-    """The loss ignores a constant added to both log-ratios (that is log Z), or to every token's."""
+    """The value at policy == reference, worked out by hand, for default knobs and for `other`; None: data decides."""
+    swap: Callable[..., Tensor] | None
+    """L(w, l) - L(l, w) as a function of the margin that the loss looks at; None: no closed form in that margin."""
+    shift: Literal["response", "token"] | None
+    """The loss ignores a constant added to both log-ratios (that is log Z), or to every token's; None: it does not."""
     steepness: Callable[..., float]
     """d margin / d D at one token per response: how far a log-ratio gap carries the loss."""
+    state: Knobs = field(default_factory=dict)
+    """A second value of every number of the loss's state."""
+    by_token: bool = False
+    """The tokens of a response have different gradient weights: `weights` is that of its last one."""
+    pull_at_start: tuple[int, int] = (1, 1)
+    """Signs of the two gradient weights of a fresh policy: chosen up and rejected down unless the loss says else."""
     limits: tuple[Limit, ...] = ()
     optimum: Callable[..., Tensor] | None = None
     optimum_world: Literal["bradley_terry", "intransitive", "certain"] = "bradley_terry"
@@ -248,94 +197,6 @@ class Row:
     """The share of labels flipped before the loss sees them."""
 
 
-def _beta(beta: float, **_: float) -> float:
-    return beta
-
-
-ROWS: dict[str, Row] = {
-    "dpo": Row(
-        derivation=dpo,
-        reward=lambda q, beta: beta * (q.w / q.ref_w).ln(),
-        other={"beta": 0.37},
-        at_start=(0.6931471805599453, 0.6931471805599453),
-        swap=lambda D, beta: -beta * D,
-        shift="response",
-        steepness=_beta,
-        optimum=kl_optimum,
-        optimum_knobs={"beta": 0.3},
-    ),
-    "cdpo": Row(
-        derivation=cdpo,
-        reward=lambda q, beta: beta * (q.w / q.ref_w).ln(),
-        other={"beta": 0.37, "label_smoothing": 0.3},
-        at_start=(0.6931471805599453, 0.6931471805599453),
-        swap=lambda D, beta, label_smoothing: -(1 - 2 * label_smoothing) * beta * D,
-        shift="response",
-        steepness=_beta,
-        limits=(Limit({"beta": 0.2, "label_smoothing": 0.0}, "dpo", {"beta": 0.2}),),
-        optimum=calibrated_optimum,
-        optimum_world="certain",
-        optimum_knobs={"beta": 0.8, "label_smoothing": 0.2},
-    ),
-    "robust": Row(
-        derivation=robust,
-        reward=lambda q, beta: beta * (q.w / q.ref_w).ln(),
-        other={"beta": 0.37, "label_smoothing": 0.3},
-        at_start=(0.6931471805599453, 0.6931471805599453),
-        swap=lambda D, beta, label_smoothing: -beta * D / (1 - 2 * label_smoothing),
-        shift="response",
-        steepness=_beta,
-        limits=(Limit({"beta": 0.2, "label_smoothing": 0.0}, "dpo", {"beta": 0.2}),),
-        optimum=kl_optimum,
-        optimum_knobs={"beta": 0.5, "label_smoothing": 0.2},
-        optimum_flips=0.2,
-    ),
-    "ipo": Row(
-        derivation=ipo,
-        reward=lambda q, tau: tau * (q.w / q.ref_w).ln(),
-        other={"tau": 0.5},
-        at_start=(25.0, 1.0),
-        swap=lambda D, tau: -2 * D / tau,
-        shift="response",
-        steepness=lambda tau: 1.0,
-        optimum=ipo_optimum,
-        optimum_world="intransitive",
-        optimum_knobs={"tau": 0.2},
-    ),
-    "ipo_average": Row(
-        derivation=ipo_average,
-        reward=lambda q, tau: tau * (q.w / q.ref_w).ln() / q.n_w,
-        other={"tau": 0.25},
-        at_start=(0.25, 4.0),
-        swap=lambda D_token, tau: -2 * D_token / tau,
-        shift="token",
-        steepness=lambda tau: 1.0,
-        limits=(Limit({"tau": 0.3}, "ipo", {"tau": 0.3}, length=1),),
-        optimum=ipo_average_optimum,
-        optimum_world="intransitive",
-        optimum_knobs={"tau": 0.6},
-    ),
-    "hinge": Row(
-        derivation=hinge,
-        reward=lambda q, beta: beta * (q.w / q.ref_w).ln(),
-        other={"beta": 0.2},
-        at_start=(1.0, 1.0),
-        swap=lambda D, beta: torch.where((beta * D).abs() < 1, -2 * beta * D, -torch.sign(D) * (1 + (beta * D).abs())),
-        shift="response",
-        steepness=_beta,
-    ),
-    "simpo": Row(
-        derivation=simpo,
-        reward=lambda q, beta: beta * q.w.ln() / q.n_w,
-        other={"beta": 5.0, "gamma": 0.4},
-        at_start=None,
-        swap=lambda p_gap, beta, gamma: torch.log(
-            (1 + torch.exp(gamma - beta * p_gap)) / (1 + torch.exp(gamma + beta * p_gap))
-        ),
-        shift="token",
-        steepness=_beta,
-        limits=(Limit({"beta": 2.0, "gamma": 0.0}, "dpo", {"beta": 2.0 / 7}, length=7, reference=False),),
-        optimum=simpo_optimum,
-        optimum_knobs={"beta": 2.0, "gamma": 0.0},
-    ),
-}
+def log_ratio_reward(q: Chances, beta: Decimal) -> Decimal:
+    """The reward of most losses with a reference."""
+    return beta * (q.w / q.ref_w).ln()

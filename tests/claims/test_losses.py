@@ -1,33 +1,72 @@
-"""Claims about every pairwise loss; the rows of `loss_contract` say what each of them should be."""
+"""Claims about every pairwise loss; the rows of `loss_rows` say what each of them should be."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from loss_contract import ROWS, Limit, Points, Row, World, exact, extreme_points, random_points
+from loss_contract import Limit, Points, Row, World, exact, extreme_points, random_points
+from loss_rows import ROWS
 from torch import Tensor
 
 from preftune.equations.losses import LOSSES, BoundLoss
-from preftune.tensors import PairIndex, ResponseLogps
+from preftune.tensors import PairIndex, PairLogps, ResponseLogps
 
-EVERY_LOSS = pytest.mark.parametrize("name", LOSSES)
+PAIRWISE = {name: loss for name, loss in LOSSES.items() if loss.reads is PairLogps}
+EVERY_LOSS = pytest.mark.parametrize("name", PAIRWISE)
 
 
-def settings(name: str) -> Iterator[BoundLoss]:
-    """Default knobs, every knob changed alone, all changed."""
+@dataclass(frozen=True)
+class Setting:
+    """A loss with its knobs and its state."""
+
+    loss: BoundLoss
+    state: Mapping[str, float]
+
+    @property
+    def arguments(self) -> dict[str, float]:
+        return {**self.loss.knobs, **self.state}
+
+    def values(self, points: Points) -> Tensor:
+        return self.loss.values(points.pairs(), self.state)
+
+    def weights(self, points: Points) -> tuple[Tensor, Tensor]:
+        w_c, w_r = self.loss.weights(points.pairs(), self.state)
+        return w_c, w_r
+
+
+def default(name: str) -> Setting:
+    return Setting(LOSSES[name].bind(), LOSSES[name].state())
+
+
+def settings(name: str) -> Iterator[Setting]:
+    """Default knobs, every knob changed alone, all changed; the last two again in another state."""
     other = ROWS[name].other
-    for knobs in ({}, *({knob: value} for knob, value in other.items()), other):
-        yield LOSSES[name].bind(**knobs)
+    changed = ({}, *({knob: value} for knob, value in other.items()), other)
+    yield from (Setting(LOSSES[name].bind(**knobs), LOSSES[name].state()) for knobs in changed)
+    if ROWS[name].state:
+        yield from (Setting(LOSSES[name].bind(**knobs), ROWS[name].state) for knobs in changed[-2:])
 
 
-def gradients(loss: BoundLoss, points: Points) -> tuple[Tensor, Tensor]:
-    """(-dL/d log pi(y_w), +dL/d log pi(y_l)) by autograd."""
-    d_w, d_l = torch.autograd.grad(loss.values(points.pairs()).sum(), (points.pi_w, points.pi_l))
+def oracle(name: str, points: Points, setting: Setting) -> Tensor:
+    return exact(ROWS[name].derivation, points, setting.arguments, coupled=LOSSES[name].coupled)
+
+
+def gradients(setting: Setting, points: Points) -> tuple[Tensor, Tensor]:
+    """(-dL/d log pi(y_w), +dL/d log pi(y_l)) by autograd; zero where the loss does not read one of them."""
+    leaves = points.pi_w, points.pi_l
+    found = torch.autograd.grad(setting.values(points).sum(), leaves, allow_unused=True)
+    d_w, d_l = (torch.zeros_like(leaf) if d is None else d for d, leaf in zip(found, leaves, strict=True))
     return -d_w, d_l
+
+
+def fresh(points: Points) -> Points:
+    """The same pairs where the policy is the reference: no divergence either."""
+    zero = torch.zeros_like(points.kl_w)
+    return replace(points, pi_w=points.ref_w, pi_l=points.ref_l, kl_w=zero, kl_l=zero)
 
 
 def margin(row: Row, points: Points, needs_reference: bool) -> Tensor:
@@ -38,47 +77,45 @@ def margin(row: Row, points: Points, needs_reference: bool) -> Tensor:
 
 def test_every_loss_is_under_contract() -> None:
     """Every loss of the table has a row here, every knob a second value, and one name throughout."""
-    assert set(ROWS) == set(LOSSES)
-    for name, loss in LOSSES.items():
+    assert set(ROWS) == set(PAIRWISE)
+    for name, loss in PAIRWISE.items():
         assert loss.name == name == loss.function.__name__
         assert set(ROWS[name].other) == set(loss.knobs())
+        assert set(ROWS[name].state) == set(loss.state())
         assert inspect.signature(loss.weights).parameters == inspect.signature(loss.function).parameters
 
 
 @EVERY_LOSS
 def test_value_at_policy_equal_to_reference_is_the_constant(name: str) -> None:
     """Where policy and reference agree a loss has its hand-computed constant, or openly none."""
-    points = random_points(50)
-    points = replace(points, pi_w=points.ref_w, pi_l=points.ref_l)
+    points = fresh(random_points(50))
     if ROWS[name].at_start is None:
         assert LOSSES[name].bind().at_start() is None
-        assert LOSSES[name].bind().values(points.pairs()).std() > 0.1
+        assert default(name).values(points).std() > 1e-3
         return
     bound = (LOSSES[name].bind(), LOSSES[name].bind(**ROWS[name].other))
     for loss, constant in zip(bound, ROWS[name].at_start, strict=True):
         assert loss.at_start() == pytest.approx(constant, rel=1e-14)
-        torch.testing.assert_close(
-            loss.values(points.pairs()), torch.full((50,), constant).double(), rtol=1e-7, atol=1e-12
-        )
+        values = Setting(loss, LOSSES[name].state()).values(points)
+        torch.testing.assert_close(values, torch.full((50,), constant).double(), rtol=1e-7, atol=1e-12)
 
 
 @EVERY_LOSS
 def test_value_equals_the_derivation_from_probabilities(name: str) -> None:
     """The loss is what exact arithmetic on the four probabilities gives, at every setting of its knobs."""
     points = random_points(150)
-    for loss in settings(name):
-        expected = exact(ROWS[name].derivation, points, loss.knobs)
-        torch.testing.assert_close(loss.values(points.pairs()), expected, rtol=1e-11, atol=1e-11)
+    for setting in settings(name):
+        torch.testing.assert_close(setting.values(points), oracle(name, points, setting), rtol=1e-11, atol=1e-11)
 
 
 @EVERY_LOSS
 def test_autograd_equals_the_analytic_weights(name: str) -> None:
     """-dL/d log pi(y_w) and +dL/d log pi(y_l) are the gradient weights, at 2,500 points and every setting."""
     points = random_points(2500, seed=1).leaves()
-    for loss in settings(name):
-        weights = loss.weights(points.pairs())
+    for setting in settings(name):
+        weights = setting.weights(points)
         assert not any(w.requires_grad for w in weights)
-        torch.testing.assert_close(weights, gradients(loss, points), rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(weights, gradients(setting, points), rtol=1e-10, atol=1e-13)
 
 
 @EVERY_LOSS
@@ -86,24 +123,34 @@ def test_autograd_equals_the_analytic_weights(name: str) -> None:
 def test_extreme_margins_stay_finite_and_right(name: str, dtype: torch.dtype) -> None:
     """Up to margins of 1e4 value, gradient and weights are finite, and the value is the exact one."""
     relative = 1e-5 if dtype == torch.float32 else 1e-11
-    for loss in settings(name):
-        points = extreme_points(ROWS[name].steepness(**loss.knobs)).leaves(dtype)
-        values, weights = loss.values(points.pairs()), loss.weights(points.pairs())
+    for setting in settings(name):
+        points = extreme_points(ROWS[name].steepness(**setting.loss.knobs)).leaves(dtype)
+        values, weights = setting.values(points), setting.weights(points)
         assert values.dtype == weights[0].dtype == weights[1].dtype == dtype
-        for got, by_autograd in zip(weights, gradients(loss, points), strict=True):
+        for got, by_autograd in zip(weights, gradients(setting, points), strict=True):
             assert torch.isfinite(got).all() and torch.isfinite(by_autograd).all()
             torch.testing.assert_close(got, by_autograd, rtol=relative, atol=relative)
-        expected = exact(ROWS[name].derivation, points, loss.knobs)
-        torch.testing.assert_close(values.double(), expected, rtol=relative, atol=relative)
+        torch.testing.assert_close(values.double(), oracle(name, points, setting), rtol=relative, atol=relative)
 
 
 @EVERY_LOSS
+def test_bfloat16_inputs_cost_rounding_only(name: str) -> None:
+    """On inputs that bfloat16 can hold, float32 arithmetic follows float64 to 1e-4 of the loss's scale."""
+    points = random_points(200, seed=14).map(lambda t: t.bfloat16().double())
+    for setting in settings(name):
+        wide = setting.values(points)
+        narrow = setting.values(points.map(Tensor.float)).double()
+        assert float((narrow - wide).abs().max()) < 1e-4 * float(1 + wide.abs().max())
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.swap])
 def test_swapping_chosen_and_rejected_reverses_the_margin(name: str) -> None:
     """L(w, l) - L(l, w) is the closed form in the margin that the loss reads."""
     points, row = random_points(300, seed=2).leaves(), ROWS[name]
-    for loss in settings(name):
-        difference = loss.values(points.pairs()) - loss.values(points.swapped().pairs())
-        expected = row.swap(margin(row, points, LOSSES[name].needs_reference), **loss.knobs)
+    assert row.swap
+    for setting in settings(name):
+        difference = setting.values(points) - setting.values(points.swapped())
+        expected = row.swap(margin(row, points, LOSSES[name].needs_reference), **setting.arguments)
         torch.testing.assert_close(difference, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -122,58 +169,69 @@ def test_limits_are_the_losses_they_should_be(name: str, limit: Limit) -> None:
 
 
 @EVERY_LOSS
-def test_a_constant_that_is_the_same_for_both_responses_cancels(name: str) -> None:
-    """The partition function never matters: a constant added to both sides leaves the loss as it was."""
+def test_a_constant_that_is_the_same_for_both_responses_cancels_when_declared(name: str) -> None:
+    """A constant added to both sides, log Z, leaves the loss as it was; a loss that anchors each side says so."""
     points, row = random_points(300, seed=4), ROWS[name]
     c = torch.linspace(-30, 30, 300, dtype=torch.float64)
     by_w, by_l = (points.n_w, points.n_l) if row.shift == "token" else (1.0, 1.0)
     moved = replace(points, pi_w=points.pi_w + c * by_w, pi_l=points.pi_l + c * by_l)
     one_sided = replace(points, pi_w=points.pi_w + c * by_w)
-    for loss in settings(name):
-        values = loss.values(points.pairs())
-        torch.testing.assert_close(loss.values(moved.pairs()), values, rtol=1e-9, atol=1e-9)
-        assert not torch.allclose(loss.values(one_sided.pairs()), values, rtol=1e-9, atol=1e-9)
+    for setting in settings(name):
+        values = setting.values(points)
+        same = torch.allclose(setting.values(moved), values, rtol=1e-9, atol=1e-9)
+        assert same == (row.shift is not None)
+        assert not torch.allclose(setting.values(one_sided), values, rtol=1e-9, atol=1e-9)
 
 
 @EVERY_LOSS
 def test_reference_is_read_exactly_when_declared(name: str) -> None:
     """A loss that needs no reference never looks at a log-ratio; one that needs it changes with it."""
-    points, loss = random_points(20, seed=5), LOSSES[name].bind()
+    points, setting = random_points(20, seed=5), default(name)
     if LOSSES[name].needs_reference:
-        values = loss.values(points.pairs())
-        assert not torch.equal(loss.values(replace(points, ref_l=points.ref_l - 3).pairs()), values)
-        assert not torch.equal(loss.values(replace(points, ref_w=points.ref_w - 3).pairs()), values)
+        values = setting.values(points)
+        assert not torch.equal(setting.values(replace(points, ref_l=points.ref_l - 3)), values)
+        assert not torch.equal(setting.values(replace(points, ref_w=points.ref_w - 3)), values)
     else:
         blind = replace(points, ref_w=points.ref_w * torch.nan, ref_l=points.ref_l * torch.nan)
-        assert torch.isfinite(loss.values(blind.pairs())).all()
-        assert all(torch.isfinite(w).all() for w in loss.weights(blind.pairs()))
+        assert torch.isfinite(setting.values(blind)).all()
+        assert all(torch.isfinite(w).all() for w in setting.weights(blind))
 
 
 @EVERY_LOSS
-def test_at_the_start_chosen_is_pulled_up_and_rejected_pushed_down(name: str) -> None:
-    """With a fresh policy both gradient weights of every pair are positive."""
-    points = random_points(200, seed=6)
-    fresh = replace(points, pi_w=points.ref_w, pi_l=points.ref_l).leaves()
-    for loss in settings(name):
-        assert all((g > 0).all() for g in gradients(loss, fresh))
+def test_extras_are_read_exactly_when_declared(name: str) -> None:
+    """Scores, single tokens, divergences and alignments: a loss reads those it declares to need, and no other."""
+    points, setting = random_points(20, seed=15), default(name)
+    columns = {"scores": ["score_gap"], "tokens": ["shared_w", "shared_l"], "divergence": ["kl_w", "kl_l"],
+               "alignment": ["align_w", "align_l"]}  # fmt: skip
+    for need, names in columns.items():
+        nothing = replace(points, **{column: getattr(points, column) * torch.nan for column in names})
+        reads = not torch.isfinite(setting.values(nothing)).all()
+        assert reads == (need in LOSSES[name].needs), need
 
 
 @EVERY_LOSS
-def test_pairs_do_not_mix(name: str) -> None:
-    """Reordering pairs reorders their losses; disturbing one changes that one only; a batch may have none."""
-    points, loss, pair = random_points(40, seed=7), LOSSES[name].bind(), 17
-    values = loss.values(points.pairs())
+def test_at_the_start_the_gradient_pulls_as_declared(name: str) -> None:
+    """With a fresh policy chosen is pulled up and rejected pushed down, unless the loss openly does otherwise."""
+    points = fresh(random_points(200, seed=6)).leaves()
+    for setting in settings(name):
+        signs = [g.sign().unique().tolist() for g in gradients(setting, points)]
+        assert signs == [[float(sign)] for sign in ROWS[name].pull_at_start]
+
+
+@EVERY_LOSS
+def test_pairs_mix_exactly_when_declared(name: str) -> None:
+    """Reordering pairs reorders their losses; disturbing one changes that one only, unless the loss is coupled."""
+    points, setting, pair = random_points(40, seed=7), default(name), 17
+    values = setting.values(points)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    fields = ("pi_w", "pi_l", "ref_w", "ref_l", "n_w", "n_l")
-    shuffled = Points(*(getattr(points, f)[order] for f in fields))
-    assert torch.equal(loss.values(shuffled.pairs()), values[order])
+    assert torch.equal(setting.values(points.map(lambda t: t[order])), values[order]) or LOSSES[name].coupled
 
     disturbed = replace(points, pi_w=points.pi_w.clone())
     disturbed.pi_w[pair] -= 400.0
-    changed = loss.values(disturbed.pairs()) != values
-    assert changed.nonzero().flatten().tolist() == [pair]
+    changed = (setting.values(disturbed) != values).nonzero().flatten().tolist()
+    assert changed == [pair] or (LOSSES[name].coupled and len(changed) > 1)
     assert values.shape == (40,)
-    assert loss.values(Points(*(getattr(points, f)[:0] for f in fields)).pairs()).shape == (0,)
+    assert setting.values(points.map(lambda t: t[:0])).shape == (0,)
 
 
 @EVERY_LOSS
@@ -182,39 +240,49 @@ def test_a_response_in_three_pairs_gets_the_sum_of_three_gradients(name: str) ->
     g = torch.Generator().manual_seed(8)
     policy = (-60 + 5 * torch.randn(4, generator=g, dtype=torch.float64)).requires_grad_()
     reference = -60 + 5 * torch.randn(4, generator=g, dtype=torch.float64)
-    index = PairIndex(torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 2, 3, 2, 3, 3]), torch.ones(6))
-    length = torch.tensor([5.0, 9.0, 20.0, 31.0], dtype=torch.float64)
+    gap = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 1.0])
+    index = PairIndex(torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 2, 3, 2, 3, 3]), torch.ones(6), gap)
+    length = torch.tensor([5, 9, 20, 31])
     loss = LOSSES[name].bind()
 
-    def values(chosen: Tensor) -> Tensor:
-        pairs = ResponseLogps(policy, policy - reference, length).pairs(index)
-        return loss.values(pairs)[chosen]
+    def pairs() -> PairLogps:
+        tokens = policy.div(length).repeat_interleave(length)
+        reference_tokens = reference.div(length).repeat_interleave(length)
+        spread = torch.linspace(0.1, 1, len(tokens), dtype=torch.float64)
+        return ResponseLogps.from_tokens(
+            tokens, length, reference_tokens, divergence_C=spread, alignment_C=-spread, keep_tokens=True
+        ).pairs(index)
 
-    (together,) = torch.autograd.grad(values(torch.arange(6)).sum(), policy)
-    alone = sum(torch.autograd.grad(values(torch.tensor([t])).sum(), policy)[0] for t in range(6))
-    w_c, w_r = loss.weights(ResponseLogps(policy, policy - reference, length).pairs(index))
+    (together,) = torch.autograd.grad(loss.values(pairs()).sum(), policy)
+    alone = sum(torch.autograd.grad(loss.values(pairs())[t], policy)[0] for t in range(6))
+    w_c, w_r = loss.weights(pairs())
     analytic = torch.zeros(4).double().index_add(0, index.chosen, -w_c).index_add(0, index.rejected, w_r)
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(together, analytic, rtol=1e-12, atol=1e-14)
+    assert ROWS[name].by_token or torch.allclose(together, analytic, rtol=1e-12, atol=1e-14)
 
 
 @EVERY_LOSS
 def test_every_knob_changes_value_and_gradient(name: str) -> None:
     """No knob is silent."""
-    pairs, default = random_points(50, seed=9).pairs(), LOSSES[name].bind()
+    points, state = random_points(50, seed=9), LOSSES[name].state()
     for knob, value in ROWS[name].other.items():
-        changed = LOSSES[name].bind(**{knob: value})
-        assert not torch.allclose(changed.values(pairs), default.values(pairs))
-        assert not torch.allclose(changed.weights(pairs)[0], default.weights(pairs)[0])
+        changed = Setting(LOSSES[name].bind(**{knob: value}), state)
+        assert not torch.allclose(changed.values(points), default(name).values(points))
+        now, before = torch.stack(changed.weights(points)), torch.stack(default(name).weights(points))
+        assert not torch.allclose(now, before)
+    for number, value in ROWS[name].state.items():
+        assert not torch.allclose(
+            Setting(LOSSES[name].bind(), {**state, number: value}).values(points), default(name).values(points)
+        )
 
 
 @EVERY_LOSS
 def test_rewards_are_the_scaled_log_probabilities_and_carry_no_gradient(name: str) -> None:
     """Both rewards equal the derivation from probabilities, at every setting, and are detached."""
     points = random_points(60, seed=10).leaves()
-    for loss in settings(name):
-        used = {k: v for k, v in loss.knobs.items() if k in inspect.signature(ROWS[name].reward).parameters}
-        r_w, r_l = loss.rewards(points.pairs())
+    for setting in settings(name):
+        used = {k: v for k, v in setting.loss.knobs.items() if k in inspect.signature(ROWS[name].reward).parameters}
+        r_w, r_l = setting.loss.rewards(points.pairs())
         assert not r_w.requires_grad and not r_l.requires_grad
         torch.testing.assert_close(r_w, exact(ROWS[name].reward, points, used), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(r_l, exact(ROWS[name].reward, points.swapped(), used), rtol=1e-11, atol=1e-12)
