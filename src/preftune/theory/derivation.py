@@ -128,7 +128,7 @@ def steps_of(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Problem, 
         ),
         Step(
             "the denominator is a policy, pi_r", "min  KL(pi || pi_r) - log Z", same,
-            lambda p: kl_divergence(p, pi_r) - log_z * p.exp().sum(),
+            lambda p: kl_divergence(p, pi_r) - log_z,
         ),
         Step("drop the constant -log Z", "min  KL(pi || pi_r)", shift(log_z), lambda p: kl_divergence(p, pi_r)),
     )  # fmt: skip
@@ -197,5 +197,5 @@ def optimum(problem: Problem, k: int, *, max_steps: int = 200) -> Tensor:
 def _line(
     name: str, formula: str, problem: Problem, ref_logps: Tensor, found: Tensor, disagreement: float, moved: float
 ) -> Line:
-    at = [float(problem.value(p)) for p in (ref_logps, found)]
-    return Line(name, formula, problem.sense, *at, disagreement, moved)
+    at_reference, at_optimum = float(problem.value(ref_logps)), float(problem.value(found))
+    return Line(name, formula, problem.sense, at_reference, at_optimum, disagreement, moved)
