@@ -1,4 +1,4 @@
-"""Models and tokenizers made from nothing: a small Llama with seeded weights, and one token per word."""
+"""Models and tokenizers made from nothing: a small Llama with seeded weights, one token per word or per letter."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from preftune.errors import ConfigError
 
-__all__ = ["BOS", "EOS", "UNK", "tiny_llama", "word_tokenizer"]
+__all__ = ["BOS", "EOS", "UNK", "letter_tokenizer", "tiny_llama", "word_tokenizer"]
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2
 
 
 def tiny_llama(
-    vocab_size: int, *, hidden: int = 128, layers: int = 4, heads: int = 4, positions: int = 128, seed: int = 0
+    vocab_size: int,
+    *,
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    positions: int = 128,
+    seed: int = 0,
+    bos_id: int | None = 1,
+    eos_id: int = 2,
 ) -> LlamaForCausalLM:
     """A Llama of the given size in float32 whose weights are a function of the seed alone.
 
     `hidden` is the width, a multiple of 2 * `heads`; `positions` the longest text in tokens. BOS and EOS are ids 1
-    and 2, as `word_tokenizer` gives them. The global random numbers are left as they were. Raises ConfigError.
+    and 2 unless told otherwise, as `word_tokenizer` gives them. The global random numbers are left as they were.
+    Raises ConfigError.
     """
     if hidden % (2 * heads):
         raise ConfigError(
@@ -35,8 +44,8 @@ def tiny_llama(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=positions,
-        bos_token_id=1,
-        eos_token_id=2,
+        bos_token_id=bos_id,
+        eos_token_id=eos_id,
         dtype=torch.float32,
     )
     with torch.random.fork_rng(devices=[]):
@@ -69,4 +78,22 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def letter_tokenizer(letters: str) -> PreTrainedTokenizerFast:
+    """One token per letter and EOS after them, nothing else: ids 0 .. n-1 in the order of `letters`, EOS n.
+
+    Every id can be sampled and means something, so a model of n + 1 tokens has all its probability on texts of these
+    letters. There is no BOS; any other character becomes EOS, which no text may hold, so a row with one is refused.
+    Raises ConfigError on a repeated letter.
+    """
+    vocabulary = {token: index for index, token in enumerate([*letters, EOS])}
+    if len(vocabulary) != len(letters) + 1:
+        raise ConfigError(f"{letters!r} repeats a letter: every letter once")
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=EOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )
