@@ -25,6 +25,11 @@ def test_knobs_are_the_losses_own_defaults() -> None:
         "ipo_average": {"tau": 1.0},
         "hinge": {"beta": 0.05},
         "simpo": {"beta": 2.0, "gamma": 1.0},
+        "plackett_luce": {"beta": 0.1},
+        "lipo": {"beta": 0.05},
+        "exo_list": {"beta": 0.1, "beta_r": 0.1},
+        "infonca": {"beta": 0.01, "alpha": 1.0},
+        "nca_list": {"beta": 0.01, "alpha": 1.0},
     }
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from preftune.equations import pairwise, reference_free
+from preftune.equations import listwise, pairwise, reference_free
 from preftune.equations.contract import BoundLoss, Loss
 
 __all__ = ["LOSSES", "BoundLoss", "Loss"]
@@ -15,6 +15,7 @@ LOSSES: dict[str, Loss] = {
     for family in (
         pairwise,
         reference_free,
+        listwise,
     )
     for loss in family.LOSSES
 }
