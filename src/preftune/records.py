@@ -15,6 +15,7 @@ from typing import Any, Literal
 __all__ = [
     "Demonstration",
     "Judgement",
+    "LabelledResponse",
     "Message",
     "Prompt",
     "RankedResponses",
@@ -74,8 +75,7 @@ class RankedResponses:
         k = len(self.responses)
         if k < 2 or len(self.ranks) != k:
             raise ValueError(f"{self.origin}: needs K >= 2 responses and K ranks, not {k} and {len(self.ranks)}")
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"{self.origin}: weight must be a finite number > 0, not {self.weight!r}")
+        _check_weight(self.weight, self.origin)
         for chosen, rejected in self.pairs or ():
             if chosen == rejected or not (0 <= chosen < k and 0 <= rejected < k):
                 raise ValueError(f"{self.origin}: pair ({chosen}, {rejected}) needs two different positions below {k}")
@@ -89,6 +89,24 @@ class Demonstration:
     response: Response
     weight: float = 1.0
     origin: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledResponse:
+    """One prompt with one response that is called good or bad by itself, compared with no other (unpaired data)."""
+
+    prompt: Prompt
+    response: Response
+    desirable: bool
+    """True: more of this; False: less of this."""
+    weight: float = 1.0
+    """How much the response counts, > 0; a row of weight 2 equals the row given twice."""
+    annotator: str = ""
+    origin: str = ""
+    """Where the row stands: `file:line`."""
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight, self.origin)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +157,8 @@ class RunCard:
 
 
 _TYPES: dict[str, type] = {
-    c.__name__: c for c in (Message, Response, RankedResponses, Demonstration, Refusal, Judgement, RunCard)
+    c.__name__: c
+    for c in (Message, Response, RankedResponses, Demonstration, LabelledResponse, Refusal, Judgement, RunCard)
 }
 
 
@@ -175,3 +194,8 @@ def _restore(kind: type, values: dict[str, Any]) -> Any:
     if kind is RunCard:
         values["notes"] = tuple(values.get("notes", ()))
     return kind(**values)
+
+
+def _check_weight(weight: float, origin: str) -> None:
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"{origin}: weight must be a finite number > 0, not {weight!r}")

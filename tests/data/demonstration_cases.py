@@ -29,6 +29,7 @@ DEMONSTRATION_CASES = [
         required=["prompt", "completion"],
         broken=[
             ({"label": False}, "label"),
+            ({"label": 0}, "label"),
             ({"completion": ""}, "completion"),
             ({"completion": [said("user", "a")]}, "completion"),
             ({"weight": -1}, "weight"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from source_contract import Case
 
-from preftune.records import Message, RankedResponses, Response
+from preftune.records import LabelledResponse, Message, RankedResponses, Response
 
 __all__ = ["HI", "PING", "PING_JSON", "PREFERENCE_CASES", "said"]
 
@@ -343,4 +343,40 @@ TABLE = Case(
     ],
 )
 
-PREFERENCE_CASES = [TRL, IMPLICIT, HH, TURNS, STATED, RANKING, ULTRA, TLDR, TABLE]
+
+def labelled(prompt: Any, text: str, desirable: bool, line: int, **changes: Any) -> Any:
+    response = Response(text=text)
+    return LabelledResponse(prompt=prompt, response=response, desirable=desirable, origin=str(line), **changes)
+
+
+UNPAIRED = Case(
+    "unpaired",
+    rows=[
+        {"prompt": "Hi", "completion": " a ", "label": True, "weight": 2.5},
+        {"prompt": "Hi", "response": "b", "label": 0, "annotator": "w7"},
+        {"prompt": [said("user", "Hi")], "completion": [said("assistant", "c")], "label": 1.0},
+        {"messages": [*PING_JSON, said("assistant", "d")], "label": False, "annotator": None},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "e"}], "label": True},
+    ],
+    records=[
+        labelled("Hi", " a ", True, 1, weight=2.5),
+        labelled("Hi", "b", False, 2, annotator="w7"),
+        labelled((HI,), "c", True, 3),
+        labelled(PING, "d", False, 4),
+        labelled((HI,), "e", True, 5),
+    ],
+    required=["prompt", "completion", "label"],
+    truths=["label"],
+    broken=[
+        ({"label": -1}, "label"),
+        ({"label": "true"}, "label"),
+        ({"label": float("nan")}, "label"),
+        ({"completion": " "}, "completion"),
+        ({"completion": [said("user", "a")]}, "completion"),
+        ({"weight": 0}, "weight"),
+        ({"annotator": 7}, "annotator"),
+        ({"tools": [1]}, "tools"),
+    ],
+)
+
+PREFERENCE_CASES = [TRL, IMPLICIT, HH, TURNS, STATED, RANKING, ULTRA, TLDR, TABLE, UNPAIRED]

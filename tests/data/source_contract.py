@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from preftune.data.layouts import Record
 from preftune.data.sources import open_source
 from preftune.records import Demonstration, RankedResponses, Refusal
 
-Item = RankedResponses | Demonstration | Refusal
+Item = Record | Refusal
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,15 @@ class Case:
 
     format: str
     rows: list[Any]
-    records: list[RankedResponses | Demonstration]
+    records: list[Record]
     """With line numbers alone for `origin`."""
     required: list[str]
     """The columns without which there is no record."""
     kind: Literal["preferences", "demonstrations"] = "preferences"
     broken: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     """(changes to the first row, field to be named)."""
+    truths: list[str] = field(default_factory=list)
+    """The required columns in which true is a good value."""
     best: list[str] = field(default_factory=list)
     """Of preferences: the response of each record that is its demonstration."""
 
@@ -56,7 +59,8 @@ def check_source(case: Case, folder: Path) -> None:
     flawed = [_without(case.rows[0], column) for column in case.required]
     _check_refused(case, folder, flawed, case.required, "is missing")
     _check_refused(case, folder, [case.rows[0] | {c: None} for c in case.required], case.required, "is null")
-    _check_refused(case, folder, [case.rows[0] | {c: True} for c in case.required], case.required, "is true")
+    others = [c for c in case.required if c not in case.truths]
+    _check_refused(case, folder, [case.rows[0] | {c: True} for c in others], others, "is true")
     changed = [case.rows[0] | changes for changes, _ in case.broken]
     _check_refused(case, folder, changed, [name for _, name in case.broken], "", exact=True)
     if case.best:

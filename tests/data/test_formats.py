@@ -23,7 +23,7 @@ from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import detect
 from preftune.data.sources import open_source
 from preftune.errors import ConfigError, DataError
-from preftune.records import Demonstration, RankedResponses, Refusal
+from preftune.records import Demonstration, LabelledResponse, RankedResponses, Refusal
 
 CASES = [*PREFERENCE_CASES, *DEMONSTRATION_CASES]
 LAYOUTS = {"preferences": PREFERENCES, "demonstrations": DEMONSTRATIONS}
@@ -37,7 +37,7 @@ def test_layout_keeps_the_contract(case: Case, tmp_path: Path) -> None:
 
 def test_every_layout_has_a_case() -> None:
     assert [case.format for case in PREFERENCE_CASES] == list(PREFERENCES)
-    assert {case.format for case in CASES} == DEMONSTRATIONS.keys()
+    assert {case.format for case in CASES} == DEMONSTRATIONS.keys() | {"unpaired"}
 
 
 JSON = st.recursive(
@@ -76,9 +76,10 @@ def test_whatever_a_row_holds_it_is_a_record_or_a_refusal(example: tuple[Case, A
         if case.format in LAYOUTS[kind]:
             (item,) = LAYOUTS[kind][case.format].items([Row("f:1", row)])
             assert item.origin == "f:1"
-            assert isinstance(item, RankedResponses | Demonstration | Refusal)
-            if isinstance(item, RankedResponses):
-                texts = [response.text for response in item.responses]
+            assert isinstance(item, RankedResponses | LabelledResponse | Demonstration | Refusal)
+            if isinstance(item, RankedResponses | LabelledResponse):
+                several = item.responses if isinstance(item, RankedResponses) else [item.response]
+                texts = [response.text for response in several]
                 assert all(text.strip() and text.encode() and "\0" not in text for text in texts)
 
 
@@ -222,13 +223,49 @@ def test_the_examples_of_the_documentation_are_read_as_what_they_stand_under(tmp
             name = named[1]
         elif line.startswith(("    {", '    "')):
             examples.setdefault(name, []).append(line.strip())
-    assert examples.keys() == DEMONSTRATIONS.keys()
+    assert examples.keys() == PREFERENCES.keys() | DEMONSTRATIONS.keys()
     for name, rows in examples.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join(rows))
         source = open_source(path, kind="preferences" if name in PREFERENCES else "demonstrations")
         assert source.format == name and len(rows) == 2
         assert not [item for item in source if isinstance(item, Refusal)]
+
+
+def test_a_label_beside_a_score_has_to_be_named(tmp_path: Path) -> None:
+    """A row with both could be ranked among its prompt's or judged alone; the user says which."""
+    rows = [{"prompt": "Hi", "response": r, "score": s, "label": s > 0} for r, s in (("a", 1), ("b", -1))]
+    path = write_jsonl(tmp_path / "f.jsonl", rows)
+    with pytest.raises(DataError, match=r"fit scored_table and unpaired equally well.*format=unpaired"):
+        open_source(path, kind="preferences")
+    assert [item.desirable for item in open_source(path, kind="preferences", format="unpaired")] == [True, False]
+    (record,) = open_source(path, kind="preferences", format="scored_table")
+    assert record.ranks == (1, 2)
+
+
+def test_a_pair_that_carries_a_label_stays_a_pair(tmp_path: Path) -> None:
+    """Class labels and the like beside chosen and rejected are ignored, as they were."""
+    path = write_jsonl(
+        tmp_path / "f.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b", "response": "c", "label": 1}]
+    )
+    assert open_source(path, kind="preferences").format == "trl"
+
+
+def test_labels_in_a_csv_are_read_from_text(tmp_path: Path) -> None:
+    """In cells, and only there; what pandas and spreadsheets write counts, anything else is refused by its place."""
+    path = tmp_path / "f.csv"
+    path.write_text(
+        "prompt,completion,label,annotator\nHi,a,True,\nHi,b,FALSE,ann\nHi,c,1,\nHi,d,0,\nHi,e,-1,\nHi,f,,\n"
+    )
+    *records, minus, empty = open_source(path, kind="preferences")
+    assert [(r.response.text, r.desirable, r.annotator) for r in records] == [
+        ("a", True, ""), ("b", False, "ann"), ("c", True, ""), ("d", False, "")
+    ]  # fmt: skip
+    assert [(r.origin, r.field) for r in (minus, empty)] == [(f"{path}:6", "label"), (f"{path}:7", "label")]
+    assert minus.reason.endswith("true, false, 1 or 0 was expected")
+    shown = list(open_source(path, kind="demonstrations"))
+    assert [isinstance(item, Refusal) for item in shown] == [False, True, False, True, False, False]
+    assert str(shown[1]) == f"{path}:3: label: is false: an answer marked as bad is no demonstration"
 
 
 def test_an_unknown_format_is_refused_with_the_allowed_ones(tmp_path: Path) -> None:

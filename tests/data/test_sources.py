@@ -291,3 +291,11 @@ def test_answers_marked_bad_are_no_demonstrations(shared: Path) -> None:
     assert len(items) == 300 and len(refusals) == 150
     assert {refusal.field for refusal in refusals} == {"label"}
     assert sources.ROWS_TO_DETECT < 300
+
+
+def test_real_unpaired_data_are_read_row_by_row(shared: Path) -> None:
+    """LLaMA-Factory's unpaired sample as published: conversations, half of them thumbs down, none refused."""
+    source = open_source(shared / "data/demo_pairs/kto_en_demo.json", kind="preferences")
+    items = list(source)
+    assert source.format == "unpaired" and len(items) == 300
+    assert Counter(item.desirable for item in items) == {True: 150, False: 150}

@@ -30,11 +30,11 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from preftune.errors import DataError
-from preftune.records import Demonstration, Message, Prompt, RankedResponses, Response
+from preftune.records import Demonstration, LabelledResponse, Message, Prompt, RankedResponses, Response
 
-__all__ = ["Rendered", "Row", "RowRefused", "Tokenizer", "Writer", "prompt_key", "special_tokens"]
+__all__ = ["Candidates", "Rendered", "Row", "RowRefused", "Tokenizer", "Writer", "prompt_key", "special_tokens"]
 
-Row = RankedResponses | Demonstration
+Row = RankedResponses | LabelledResponse | Demonstration
 _PROBE = "preftune"
 
 
@@ -65,18 +65,28 @@ class RowRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Candidates:
+    """The responses of a row that are trained on, and what the row says about them; see `TokenGroup`."""
+
+    responses: tuple[Response, ...]
+    fields: tuple[str, ...]
+    """What each response is called in messages: `chosen`, `rejected`, `response` or `responses[i]`."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """(chosen, rejected) positions into `responses`."""
+    ranks: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    labels: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Rendered:
     """One row as text: what every response starts from, and what each response adds."""
 
     record: Row
     prompt: str
+    candidates: Candidates
     completions: tuple[str, ...]
-    """K texts; in a chat with the template's end of turn when the response is finished."""
-    pairs: tuple[tuple[int, int], ...]
-    """(chosen, rejected) positions into `completions`."""
-    finished: tuple[bool, ...]
-    fields: tuple[str, ...]
-    """What each response is called in messages: `chosen`, `rejected`, `response` or `responses[i]`."""
+    """What each candidate adds; in a chat with the template's end of turn when the response is finished."""
     chat: bool
     oddities: frozenset[str]
     """Keys of `report.ODDITIES` that hold for this row."""
@@ -113,18 +123,12 @@ class Writer:
         spellings = sorted(self.special.values(), key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, spellings)))
 
-    def render(
-        self,
-        row: Row,
-        responses: Sequence[Response],
-        fields: Sequence[str],
-        pairs: tuple[tuple[int, int], ...],
-    ) -> Rendered:
-        """The row's prompt and, after it, `responses` called `fields`. Raises RowRefused, DataError."""
+    def render(self, row: Row, candidates: Candidates) -> Rendered:
+        """The row's prompt and, after it, each of the candidates. Raises RowRefused, DataError."""
         chat = not isinstance(row.prompt, str)
         prompt, oddities = self._opening(row.prompt)
         completions = []
-        for name, response in zip(fields, responses, strict=True):
+        for name, response in zip(candidates.fields, candidates.responses, strict=True):
             text = self._own_words(name, response, self.chat_end if chat else self.eos)
             oddities |= {"end mark spelled"} if text != response.text else set()
             oddities |= {"unfinished response"} if not response.finished else set()
@@ -135,10 +139,8 @@ class Writer:
         return Rendered(
             record=row,
             prompt=prompt,
+            candidates=candidates,
             completions=tuple(completions),
-            pairs=pairs,
-            finished=tuple(response.finished for response in responses),
-            fields=tuple(fields),
             chat=chat,
             oddities=frozenset(oddities),
         )

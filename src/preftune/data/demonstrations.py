@@ -1,14 +1,15 @@
 """Demonstration layouts -> `Demonstration`: the answer to imitate in supervised fine-tuning.
 
 Every preference layout is one too: its best response is the demonstration (Preferred-FT, DPO paper section 6);
-of responses that tie for best, the first.
+of responses that tie for best, the first. `unpaired` rows are read here as what they are without their label,
+`prompt_completion` or `messages`; those marked as bad are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from preftune.data.fields import Fields, Flaw, Row, shared_prompt
+from preftune.data.fields import Fields, Flaw, Row, answer, conversation
 from preftune.data.formats import PREFERENCES, stated_pairs
 from preftune.data.layouts import Items, Layout, Rows, each
 from preftune.records import Demonstration, RankedResponses, Response
@@ -35,19 +36,15 @@ def _best_of(layout: Layout) -> Layout:
 def prompt_completion(row: Fields) -> Demonstration:
     """prompt, and completion or response, plain or messages."""
     _refuse_bad(row)
-    completion = row.completion(row.first_of("completion", "response"))
-    prompt = shared_prompt(row.prompt("prompt"), [completion])
-    return Demonstration(prompt=prompt, response=Response(text=completion.text), weight=row.weight(), origin=row.origin)
+    prompt, text = answer(row)
+    return Demonstration(prompt=prompt, response=Response(text=text), weight=row.weight(), origin=row.origin)
 
 
 def messages(row: Fields) -> Demonstration:
     """A conversation; its last message, the assistant's, is the response, all others are the prompt."""
     _refuse_bad(row)
-    name = row.first_of("messages", "conversations")
-    row.messages(name)  # a conversation, where a completion could be plain
-    completion = row.completion(name)
-    prompt = shared_prompt(None, [completion])
-    return Demonstration(prompt=prompt, response=Response(text=completion.text), weight=row.weight(), origin=row.origin)
+    prompt, text = conversation(row)
+    return Demonstration(prompt=prompt, response=Response(text=text), weight=row.weight(), origin=row.origin)
 
 
 def alpaca(row: Fields) -> Demonstration:
@@ -83,9 +80,9 @@ def stated_target(row: Fields) -> Demonstration:
 
 
 def _refuse_bad(row: Fields) -> None:
-    """Unpaired data marks bad answers with `label: false`: they are not to be imitated."""
-    if row.optional("label") is False:
-        raise Flaw("label", "is false: an answer marked as bad is no demonstration")
+    """Unpaired data marks bad answers with `label: false`, or 0: they are not to be imitated."""
+    if row.truth("label") is False:
+        raise Flaw("label", f"is {str(row.values['label']).lower()}: an answer marked as bad is no demonstration")
 
 
 def _is_prompt_completion(row: Mapping[str, object]) -> bool:
@@ -109,6 +106,6 @@ DEMONSTRATIONS: dict[str, Layout] = {
         "instruction, output[, input]", lambda row: "instruction" in row and "output" in row, each(alpaca)
     ),
     "text": Layout("text, or rows that are plain strings", _is_text, texts),
-    **{name: _best_of(layout) for name, layout in PREFERENCES.items()},
+    **{name: _best_of(layout) for name, layout in PREFERENCES.items() if name != "unpaired"},
     "dpo_repo": Layout(PREFERENCES["dpo_repo"].columns, PREFERENCES["dpo_repo"].matches, each(stated_target)),
 }

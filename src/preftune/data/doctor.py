@@ -2,8 +2,9 @@
 
 In this order, a row is refused when its source, text or tokenisation is flawed, when its prompt stands in the
 evaluation data, when it is too long, or when it compares identical responses; it is a duplicate when it says the same
-as an earlier row; and rows of one annotator that contradict each other are refused, all of them. Identical, duplicate
-and contradictory are judged on the final tokens, after truncation: on what the model would see.
+as an earlier row; and rows of one annotator that contradict each other, in what they prefer or how they label one
+response, are refused, all of them. Identical, duplicate and contradictory are judged on the final tokens, after
+truncation: on what the model would see.
 Rows are never merged: two rows with one prompt stay two groups.
 """
 
@@ -13,6 +14,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import permutations, zip_longest
 
 import numpy as np
 
@@ -22,10 +24,12 @@ from preftune.data.report import Cuts, DataReport, LengthGap, Oddity, Spread, ch
 from preftune.data.tokens import Encoder, Row, TokenRow
 from preftune.data.truncation import Truncation, excess, fit
 from preftune.errors import ConfigError
-from preftune.records import RankedResponses, Refusal
+from preftune.records import Demonstration, Refusal
 from preftune.tensors import Ids, TokenGroup
 
 __all__ = ["DataReport", "Prepared", "check_refusals", "prepare"]
+
+_LENGTHS = ("prompt", "chosen", "rejected", "desirable", "undesirable", "response", "total")
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,18 @@ class _Kept:
     key: str
     """The `prompt_key` of its prompt."""
     field: str
-    """What its pairs are called in messages."""
+    """What its pairs or its label are called in messages."""
     cut_prompt: bool
     cut_responses: tuple[bool, ...]
     eos_lost: int
     oddities: frozenset[str]
+
+    @property
+    def opposite(self) -> str:
+        """What a row does that contradicts this one."""
+        if self.group.labels:
+            return "gives the same response the other label"
+        return "prefers the other one of the same two responses"
 
     @property
     def cut(self) -> bool:
@@ -103,7 +114,7 @@ class _Books:
     comparisons: defaultdict[tuple[bytes, bytes, bytes], list[tuple[int, str, str]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    """(prompt, chosen, rejected) -> (position, origin, annotator) of every row that says so."""
+    """(prompt, better, worse), see `_claims` -> (position, origin, annotator) of every row that says so."""
 
     def enter(self, item: TokenRow | Refusal) -> None:
         self.rows += 1
@@ -123,6 +134,9 @@ class _Books:
         if group.pairs:
             found["chosen"] = [sizes[chosen] for chosen, _ in group.pairs]
             found["rejected"] = [sizes[rejected] for _, rejected in group.pairs]
+        elif group.labels:
+            for size, label in zip(sizes, group.labels, strict=True):
+                found.setdefault("desirable" if label else "undesirable", []).append(size)
         else:
             found["response"] = sizes
         found["total"] = [len(group.prompt) + max(sizes)]
@@ -138,7 +152,7 @@ class _Books:
             self.dropped.append(Refusal(origin=origin, field="length", reason=f"{problem}; dropped on request"))
             return
         group = fit(row, self.max_length, self.truncation, self.bos)
-        for chosen, rejected in group.pairs:
+        for chosen, rejected in _orders(group):
             if np.array_equal(group.responses[chosen], group.responses[rejected]):
                 when = " once they are truncated" if problem else ""
                 raise RowRefused(row.fields[rejected], f"has the same tokens as {row.fields[chosen]}{when}")
@@ -151,7 +165,7 @@ class _Books:
                 position=self.rows,
                 group=group,
                 key=key,
-                field="chosen" if "chosen" in row.fields else "pairs",
+                field="label" if group.labels else "chosen" if "chosen" in row.fields else "pairs",
                 cut_prompt=len(group.prompt) < len(whole.prompt),
                 cut_responses=cut,
                 eos_lost=sum(gone and finished for gone, finished in zip(cut, row.finished, strict=True)),
@@ -161,10 +175,10 @@ class _Books:
 
     def _stated_before(self, record: Row, group: TokenGroup) -> str | None:
         """Where a row with the same content stood; None, and the content noted, for the first of its kind."""
-        prompt, responses = _digest(group.prompt), [_digest(response) for response in group.responses]
-        annotator = record.annotator if isinstance(record, RankedResponses) else ""
-        says = [(prompt, responses[chosen], responses[rejected]) for chosen, rejected in group.pairs]
-        content = (frozenset(says) or (prompt, *responses), group.weight, annotator)
+        says, responses = _claims(group), [_digest(response) for response in group.responses]
+        annotator = "" if isinstance(record, Demonstration) else record.annotator
+        stated = frozenset(zip_longest(responses, group.ranks, group.scores))
+        content = (_digest(group.prompt), frozenset(says), stated, group.weight, annotator)
         if content in self.stated:
             return self.stated[content]
         self.stated[content] = group.origin
@@ -176,8 +190,8 @@ class _Books:
         """Rows that contradict one of the same annotator -> where that stands; rows another annotator contradicts."""
         contradicted: dict[int, str] = {}
         disputed: set[int] = set()
-        for (prompt, chosen, rejected), rows in self.comparisons.items():
-            opposite = self.comparisons.get((prompt, rejected, chosen), [])
+        for (prompt, better, worse), rows in self.comparisons.items():
+            opposite = self.comparisons.get((prompt, worse, better), [])
             for position, _, annotator in rows:
                 for _, origin, other in opposite:
                     if annotator == other:
@@ -190,14 +204,16 @@ class _Books:
         contradicted, disputed = self._opposed()
         for row in self.kept:
             if row.position in contradicted:
-                reason = f"{contradicted[row.position]} prefers the other one of the same two responses"
+                reason = f"{contradicted[row.position]} {row.opposite}"
                 refusal = Refusal(origin=row.group.origin, field=row.field, reason=reason)
                 self.refused.append((row.position, refusal))
         kept = [row for row in self.kept if row.position not in contradicted]
         groups = [row.group for row in kept]
         odd: defaultdict[str, list[str]] = defaultdict(list)
         for row in kept:
-            for name in (*row.oddities, *(["annotators disagree"] if row.position in disputed else [])):
+            disagree = {"annotators disagree"} if row.position in disputed else set()
+            backwards = {"scores disagree"} if _scored_backwards(row.group) else set()
+            for name in row.oddities | disagree | backwards:
                 odd[name].append(row.group.origin)
         report = DataReport(
             rows=self.rows,
@@ -211,14 +227,37 @@ class _Books:
             prompts=len({row.key for row in kept}),
             responses=sum(len(group.responses) for group in groups),
             pairs=sum(len(group.pairs) for group in groups),
+            rankings=sum(bool(group.ranks) for group in groups),
+            scored=sum(len(group.scores) for group in groups),
+            desirable=sum(group.labels.count(True) for group in groups),
+            undesirable=sum(group.labels.count(False) for group in groups),
             tokens=sum(len(group.prompt) + sum(map(len, group.responses)) for group in groups),
-            lengths={name: Spread.of(values) for name, values in self.lengths.items()},
+            lengths={name: Spread.of(self.lengths[name]) for name in _LENGTHS if name in self.lengths},
             length_gap=_length_gap(groups),
             cuts=_cuts(kept),
             oddities=tuple(Oddity.of(name, odd[name]) for name in sorted(odd)),
             prompt_keys=frozenset(row.key for row in kept),
         )
         return Prepared(groups, report)
+
+
+def _orders(group: TokenGroup) -> list[tuple[int, int]]:
+    """(better, worse) positions of every two responses that the group's pairs or ranks compare."""
+    ranks = group.ranks
+    ranked = {(i, j) for i, j in permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]}
+    return sorted(ranked.union(group.pairs))
+
+
+def _claims(group: TokenGroup) -> list[tuple[bytes, bytes, bytes]]:
+    """(prompt, better, worse) of every pair and label: a label says better, or worse, than no response at all."""
+    prompt, responses = _digest(group.prompt), [_digest(response) for response in group.responses]
+    pairs = [(prompt, responses[chosen], responses[rejected]) for chosen, rejected in group.pairs]
+    labelled = zip(responses, group.labels, strict=False)
+    return pairs + [(prompt, response, b"") if label else (prompt, b"", response) for response, label in labelled]
+
+
+def _scored_backwards(group: TokenGroup) -> bool:
+    return bool(group.scores) and any(group.scores[chosen] < group.scores[rejected] for chosen, rejected in group.pairs)
 
 
 def _length_gap(groups: list[TokenGroup]) -> LengthGap | None:
@@ -233,9 +272,15 @@ def _cuts(kept: list[_Kept]) -> Cuts:
         responses=sum(sum(row.cut_responses) for row in kept),
         chosen=sum(chosen for chosen, _ in sides),
         rejected=sum(rejected for _, rejected in sides),
+        desirable=sum(cut for row in kept for cut, label in _labelled_cuts(row) if label),
+        undesirable=sum(cut for row in kept for cut, label in _labelled_cuts(row) if not label),
         one_sided=sum(chosen != rejected for chosen, rejected in sides),
         eos_lost=sum(row.eos_lost for row in kept),
     )
+
+
+def _labelled_cuts(row: _Kept) -> list[tuple[bool, bool]]:
+    return list(zip(row.cut_responses, row.group.labels, strict=False))
 
 
 def _digest(ids: Ids) -> bytes:

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 
 from preftune.records import Message, Prompt
 
-__all__ = ["MAX_TEXT_CHARS", "Completion", "Fields", "Flaw", "Row", "describe", "printable", "shared_prompt"]
+__all__ = [
+    "MAX_TEXT_CHARS",
+    "Completion",
+    "Fields",
+    "Flaw",
+    "Row",
+    "answer",
+    "conversation",
+    "describe",
+    "printable",
+    "shared_prompt",
+]
 
 MAX_TEXT_CHARS = 10_000_000
 """Longer than any context window: such a field is a damaged file, not a text."""
@@ -112,6 +123,13 @@ class Fields:
     def optional_number(self, name: str) -> float | None:
         return None if self.optional(name) is None else self.number(name)
 
+    def truth(self, name: str) -> bool | None:
+        """What a mark of yes or no says, written true or 1, false or 0 (as text in a cell); None when it is neither."""
+        value = self.values.get(name)
+        if self.row.cells and isinstance(value, str):
+            value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+        return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
     def items(self, name: str) -> list[object]:
         value = self.get(name, "a list")
         if self.row.cells and isinstance(value, str):
@@ -200,6 +218,20 @@ def shared_prompt(prompt: Prompt | None, completions: Sequence[Completion]) -> P
     if not whole:
         raise Flaw(first.field, "holds no message before the response, so there is no prompt")
     return whole
+
+
+def answer(row: Fields) -> tuple[Prompt, str]:
+    """(prompt, response) of a row with prompt, and completion or response, plain or messages."""
+    completion = row.completion(row.first_of("completion", "response"))
+    return shared_prompt(row.prompt("prompt"), [completion]), completion.text
+
+
+def conversation(row: Fields) -> tuple[Prompt, str]:
+    """(prompt, response) of a row with messages (or conversations): all of them but the last, the assistant's."""
+    name = row.first_of("messages", "conversations")
+    row.messages(name)  # a conversation, where a completion could be plain
+    completion = row.completion(name)
+    return shared_prompt(None, [completion]), completion.text
 
 
 def _text(value: object, field: str, wanted: str = "a string", *, may_be_empty: bool = False) -> str:

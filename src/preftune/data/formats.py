@@ -1,4 +1,4 @@
-"""Preference layouts -> `RankedResponses`: which columns mean what, one function per layout.
+"""Preference layouts -> `RankedResponses` or `LabelledResponse`: which columns mean what, one function per layout.
 
 `PREFERENCES` is the whole list. Nothing is repaired, skipped or guessed: a row is read, or refused by the field
 that is wrong. Texts are kept to the character; docs/data.md shows each layout.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from preftune.data.fields import Completion, Fields, Flaw, Row, shared_prompt
+from preftune.data.fields import Completion, Fields, Flaw, Row, answer, conversation, describe, shared_prompt
 from preftune.data.layouts import Items, Layout, Rows, each
 from preftune.data.ranking import ranks_from_pairs, ranks_from_scores
-from preftune.records import Prompt, RankedResponses, Refusal, Response
+from preftune.records import LabelledResponse, Prompt, RankedResponses, Refusal, Response
 
 __all__ = ["PREFERENCES", "stated_pairs"]
 
@@ -244,6 +244,23 @@ def _score_row(row: Row) -> tuple[Prompt, Response]:
     return shared_prompt(prompt, [completion]), Response(text=completion.text, score=fields.number("score"))
 
 
+def unpaired(row: Fields) -> LabelledResponse:
+    """KTO's: one response, after a prompt or as the end of a conversation, and the label that calls it good or bad."""
+    prompt, text = conversation(row) if _is_conversation(row.values) else answer(row)
+    wanted = "true, false, 1 or 0"
+    label, desirable = row.get("label", wanted), row.truth("label")
+    if desirable is None:
+        raise Flaw("label", f"is {describe(label)}, {wanted} was expected")
+    return LabelledResponse(
+        prompt=prompt,
+        response=Response(text=text),
+        desirable=desirable,
+        weight=row.weight(),
+        annotator="" if row.optional("annotator") is None else row.text("annotator"),
+        origin=row.origin,
+    )
+
+
 def _has(*columns: str, none_of: Sequence[str] = ()) -> Callable[[Mapping[str, object]], bool]:
     return lambda row: all(column in row for column in columns) and not any(column in row for column in none_of)
 
@@ -256,6 +273,15 @@ def _is_transcript(row: Mapping[str, object]) -> bool:
 def _is_turn(row: Mapping[str, object]) -> bool:
     conversation = "conversations" in row or "messages" in row
     return conversation and "prompt" not in row and _pair_columns(row) and not isinstance(row["chosen"], list | str)
+
+
+def _is_conversation(row: Mapping[str, object]) -> bool:
+    return ("messages" in row or "conversations" in row) and "prompt" not in row
+
+
+def _is_labelled(row: Mapping[str, object]) -> bool:
+    after_prompt = "prompt" in row and ("completion" in row or "response" in row)
+    return "label" in row and "chosen" not in row and (after_prompt or _is_conversation(row))
 
 
 _pair_columns = _has("chosen", "rejected")
@@ -293,5 +319,10 @@ PREFERENCES: dict[str, Layout] = {
         _has("prompt", "response", "score"),
         scored_table,
         order="score",
+    ),
+    "unpaired": Layout(
+        "prompt and completion or response (or messages, or conversations), label[, weight, annotator]",
+        _is_labelled,
+        each(unpaired),
     ),
 }

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from preftune.data.fields import Fields, Flaw, Row, printable
 from preftune.errors import DataError
-from preftune.records import Demonstration, RankedResponses, Refusal
+from preftune.records import Demonstration, LabelledResponse, RankedResponses, Refusal
 
-__all__ = ["Items", "Layout", "Rows", "detect", "each"]
+__all__ = ["Items", "Layout", "Record", "Rows", "detect", "each"]
 
 Rows = Iterable[Row | Refusal]
-Items = Iterator[RankedResponses | Demonstration | Refusal]
+Record = RankedResponses | LabelledResponse | Demonstration
+Items = Iterator[Record | Refusal]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Layout:
     """The column a preference is refused for when it orders nothing."""
 
 
-def each(read: Callable[[Fields], RankedResponses | Demonstration]) -> Callable[[Rows], Items]:
+def each(read: Callable[[Fields], Record]) -> Callable[[Rows], Items]:
     """The layout in which a row is a record: its `Flaw` becomes the row's `Refusal`, refusals pass through."""
 
     def items(rows: Rows) -> Items:

@@ -98,11 +98,11 @@ def micro_batches(
 class StepPlan:
     """Which groups an optimizer step takes: a function of (epoch, step), the two integers that restore it.
 
-    `batch_size` counts pairs; a demonstration counts one, and a group of more pairs than `batch_size` fills one
-    step. Groups are never split: step k takes those that start before the (k + 1) * batch_size-th pair of the
-    epoch, so a step that runs over leaves less to the next and the mean stays `batch_size`. Every group is used
-    exactly once per epoch; the short last step stays. The order is the data's (`shuffle` False) or a permutation
-    drawn from (seed, epoch).
+    `batch_size` counts pairs; a group without any (a demonstration, a labelled response) counts one, and a group of
+    more pairs than `batch_size` fills one step. Groups are never split: step k takes those that start before the
+    (k + 1) * batch_size-th pair of the epoch, so a step that runs over leaves less to the next and the mean stays
+    `batch_size`. Every group is used exactly once per epoch; the short last step stays. The order is the data's
+    (`shuffle` False) or a permutation drawn from (seed, epoch).
 
     Raises ConfigError on a batch size or seed out of range, DataError when there is no group.
     """

@@ -2,7 +2,7 @@
 
 used        trained on, whole
 truncated   trained on, but cut to max_length (policies `prompt` and `response`)
-duplicate   the same tokens, pairs, weight and annotator as an earlier row: the first one is kept
+duplicate   the same tokens, preferences or label, scores, weight and annotator as an earlier row, which is kept
 refused     left out for a reason that names file, line and field; over-length rows dropped on request
             (policy `drop`) are among them and counted once more in `dropped`, for they stop nothing
 """
@@ -26,7 +26,7 @@ _SHOWN = 20
 
 ODDITIES: dict[str, str] = {
     "BOS more than once": "the text spells BOS although the tokenizer or the template writes it",
-    "annotators disagree": "another annotator prefers the other response; both rows are used",
+    "annotators disagree": "another annotator prefers the other response, or labels it otherwise; both rows are used",
     "boundary merge": "the tokenizer would merge the prompt's end with a response's start, so they are tokenised apart",
     "empty prompt": "the response follows BOS (or EOS, where the tokenizer has no BOS) alone",
     "end mark spelled": "a response spells its end-of-sequence mark; it is taken as the mark, not doubled",
@@ -35,6 +35,7 @@ ODDITIES: dict[str, str] = {
     "no end of turn": "the chat template ends a turn without a special token; EOS is appended to what it writes",
     "no generation prompt": "the template has none: right for [INST] templates, else the response holds its header",
     "plain text, chat model": "the tokenizer has a chat template, but the row is plain text and used as it is",
+    "scores disagree": "the rejected response of a pair has the higher score; a loss that reads scores sees both",
     "special token in prompt": "a plain prompt spells special tokens; they count as such (a pre-rendered chat)",
     "template rewrites": "the chat template does not write the response as it is; it follows the generation prompt",
     "unfinished response": "a response that its sampler cut off has no end-of-sequence mark",
@@ -90,6 +91,10 @@ class Cuts:
     """Pairs whose chosen response was cut."""
     rejected: int = 0
     """Pairs whose rejected response was cut."""
+    desirable: int = 0
+    """Responses labelled desirable that were cut."""
+    undesirable: int = 0
+    """Responses labelled undesirable that were cut."""
     one_sided: int = 0
     """Pairs of which exactly one response was cut: their length gap is partly an artefact."""
     eos_lost: int = 0
@@ -134,11 +139,18 @@ class DataReport:
     """Distinct prompts among the rows that are trained on."""
     responses: int = 0
     pairs: int = 0
+    rankings: int = 0
+    """Rows that order all their responses; every row of two that states no pairs of its own is one."""
+    scored: int = 0
+    """Responses of rows in which every response has a score."""
+    desirable: int = 0
+    undesirable: int = 0
+    """Responses with that label (unpaired data)."""
     tokens: int = 0
     """Tokens of all prompts and responses that are trained on; the prompt of a row counts once."""
     lengths: dict[str, Spread] = field(default_factory=dict)
-    """Of `prompt`, `chosen`, `rejected` (or `response`) and `total` (prompt plus longest response: max_length bounds
-    it), over all rows that could be tokenised."""
+    """Of `prompt`, `chosen`, `rejected` (or `desirable`, `undesirable`, or `response`) and `total` (prompt plus longest
+    response: max_length bounds it), over all rows that could be tokenised."""
     length_gap: LengthGap | None = None
     cuts: Cuts = Cuts()
     oddities: tuple[Oddity, ...] = ()
@@ -166,16 +178,21 @@ class DataReport:
 
     def summary_lines(self) -> list[str]:
         """The report for a terminal or a log: the accounting first, what needs attention last."""
+        labels = self.desirable + self.undesirable
+        labelled = f"{self.desirable} desirable and {self.undesirable} undesirable responses"
+        compared = f"{self.pairs} pairs, {self.responses} responses"
         lines = [
             f"{self.rows} rows = {self.used} used + {self.refused} refused + {self.truncated} truncated "
             f"+ {self.duplicate} duplicate",
-            f"{self.pairs} pairs, {self.responses} responses to {self.prompts} prompts, {self.tokens} tokens",
+            f"{labelled if labels else compared} to {self.prompts} prompts, {self.tokens} tokens",
         ]
+        if self.scored or self.responses > 2 * (self.used + self.truncated):
+            lines.append(f"{self.rankings} rows rank all their responses; {self.scored} responses have a score")
         if self.lengths:
-            lines.append(f"{'tokens':<9} {'mean':>8} {'5 %':>7} {'50 %':>7} {'95 %':>7} {'99 %':>7} {'longest':>8}")
+            lines.append(f"{'tokens':<11} {'mean':>8} {'5 %':>7} {'50 %':>7} {'95 %':>7} {'99 %':>7} {'longest':>8}")
         for name, s in self.lengths.items():
             numbers = f"{s.mean:>8.1f} {s.p5:>7.0f} {s.p50:>7.0f} {s.p95:>7.0f} {s.p99:>7.0f} {s.longest:>8}"
-            lines.append(f"{name:<9} {numbers}")
+            lines.append(f"{name:<11} {numbers}")
         if self.length_gap:
             gap = self.length_gap
             lines.append(
@@ -183,10 +200,13 @@ class DataReport:
                 f"chosen longer in {gap.chosen_longer:.1%} of pairs, rejected in {gap.rejected_longer:.1%}"
             )
         if self.truncated:
+            cuts = self.cuts
+            by_label = f"{cuts.desirable} desirable, {cuts.undesirable} undesirable"
+            by_side = f"{cuts.chosen} pairs lost chosen tokens, {cuts.rejected} rejected ones"
+            by_side = f"{by_side}, {cuts.one_sided} only on one side"
             lines.append(
-                f"cut: {self.cuts.prompts} prompts, {self.cuts.responses} responses ({self.cuts.chosen} pairs lost "
-                f"chosen tokens, {self.cuts.rejected} rejected ones, {self.cuts.one_sided} only on one side); "
-                f"{self.cuts.eos_lost} responses lost their end mark"
+                f"cut: {cuts.prompts} prompts, {cuts.responses} responses ({by_label if labels else by_side}); "
+                f"{cuts.eos_lost} responses lost their end mark"
             )
         if self.dropped:
             lines.append(f"{len(self.dropped)} of the refused rows were dropped on request: longer than max_length")

@@ -1,6 +1,6 @@
 """Files, folders and hub data sets -> records with their place, every row accounted for.
 
-    for item in open_source("train.jsonl", kind="preferences"):    # RankedResponses | Refusal
+    for item in open_source("train.jsonl", kind="preferences"):    # RankedResponses | LabelledResponse | Refusal
 
 No tokenizer, no torch: only text. What can be told from the text of one row is refused here; what needs tokens
 or other rows (length, duplicates, contradictions) is the doctor's.
@@ -22,11 +22,11 @@ from preftune.data.demonstrations import DEMONSTRATIONS
 from preftune.data.fields import Row
 from preftune.data.files import TEXT_READERS, kind_of
 from preftune.data.formats import PREFERENCES
-from preftune.data.layouts import Layout, detect
+from preftune.data.layouts import Items, Layout, detect
 from preftune.data.ranking import POLICIES, pair_positions
 from preftune.data.sources_arrow import open_hub, read_parquet
 from preftune.errors import ConfigError, DataError
-from preftune.records import Demonstration, RankedResponses, Refusal
+from preftune.records import RankedResponses, Refusal
 
 __all__ = ["Source", "open_source"]
 
@@ -56,7 +56,7 @@ class Source:
         """Of the file's bytes, as `sha256sum` prints it; of a folder's listing of those; of a hub data set's rows."""
         return self.digest()
 
-    def __iter__(self) -> Iterator[RankedResponses | Demonstration | Refusal]:
+    def __iter__(self) -> Items:
         layout = _layouts(self.kind)[self.format]
         for item in layout.items(self.rows()):
             yield self._ordered(item, layout.order) if isinstance(item, RankedResponses) else item

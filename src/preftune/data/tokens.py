@@ -20,8 +20,9 @@ from itertools import islice
 
 import numpy as np
 
-from preftune.data.conversations import Rendered, Row, RowRefused, Tokenizer, Writer
-from preftune.records import Demonstration, RankedResponses, Refusal, Response
+from preftune.data.conversations import Candidates, Rendered, Row, RowRefused, Tokenizer, Writer
+from preftune.data.ranking import ranks_from_scores
+from preftune.records import LabelledResponse, RankedResponses, Refusal
 from preftune.tensors import TokenGroup
 
 __all__ = ["Encoder", "Row", "TokenRow"]
@@ -72,9 +73,10 @@ class Encoder:
         try:
             if isinstance(row, Refusal):
                 return row
-            if isinstance(row, Demonstration):
-                return self._writer.render(row, [row.response], ["response"], ())
-            return self._writer.render(row, *_compared(row, pairs_of(row)))
+            if isinstance(row, RankedResponses):
+                return self._writer.render(row, _compared(row, pairs_of(row)))
+            labels = (row.desirable,) if isinstance(row, LabelledResponse) else ()
+            return self._writer.render(row, Candidates((row.response,), ("response",), labels=labels))
         except RowRefused as problem:
             return Refusal(origin=row.origin, field=problem.field, reason=problem.reason)
 
@@ -100,20 +102,24 @@ class Encoder:
         ]
 
     def _token_row(self, text: Rendered, prompt: list[int], rests: list[list[int]], merged: bool) -> TokenRow | Refusal:
-        record, end = text.record, self._chat_end if text.chat else (self._writer.eos, 0)
+        record, said, end = text.record, text.candidates, self._chat_end if text.chat else (self._writer.eos, 0)
+        finished = tuple(response.finished for response in said.responses)
         try:
-            responses = [_ended(*response, *end) for response in zip(text.fields, rests, text.finished, strict=True)]
+            responses = [_ended(*response, *end) for response in zip(said.fields, rests, finished, strict=True)]
         except RowRefused as problem:
             return Refusal(origin=record.origin, field=problem.field, reason=problem.reason)
         group = TokenGroup(
             prompt=np.array(prompt, dtype=np.int32),
             responses=tuple(np.array(ids, dtype=np.int32) for ids in responses),
-            pairs=text.pairs,
+            pairs=said.pairs,
             weight=record.weight,
             origin=record.origin,
+            ranks=said.ranks,
+            scores=said.scores,
+            labels=said.labels,
         )
         oddities = text.oddities | self._odd_ids(prompt, responses) | ({"boundary merge"} if merged else set())
-        return TokenRow(record, group, text.fields, text.finished, oddities)
+        return TokenRow(record, group, said.fields, finished, oddities)
 
     @cached_property
     def _chat_end(self) -> tuple[int, int]:
@@ -145,10 +151,12 @@ class Encoder:
         return ids
 
 
-def _compared(
-    row: RankedResponses, pairs: Sequence[tuple[int, int]]
-) -> tuple[list[Response], list[str], tuple[tuple[int, int], ...]]:
-    """The responses some pair uses, what they are called, and the pairs as positions into them. Raises RowRefused."""
+def _compared(row: RankedResponses, pairs: Sequence[tuple[int, int]]) -> Candidates:
+    """The responses some pair uses, and what the row says about them. Raises RowRefused.
+
+    They have ranks unless the row states its pairs itself: its ranks are then derived, and it states no order.
+    They have scores when every one of them has.
+    """
     if not pairs:
         raise RowRefused("ranks", "every response ties with every other, so there is no pair to learn from")
     stated = set(pairs)
@@ -162,8 +170,14 @@ def _compared(
     names = {position: f"responses[{position}]" for position in used}
     if len(row.responses) == 2:
         names = {pairs[0][0]: "chosen", pairs[0][1]: "rejected"}
-    renumbered = tuple((new[chosen], new[rejected]) for chosen, rejected in pairs)
-    return [row.responses[i] for i in used], [names[i] for i in used], renumbered
+    scores = [score for i in used if (score := row.responses[i].score) is not None]
+    return Candidates(
+        responses=tuple(row.responses[i] for i in used),
+        fields=tuple(names[i] for i in used),
+        pairs=tuple((new[chosen], new[rejected]) for chosen, rejected in pairs),
+        ranks=() if row.pairs is not None else ranks_from_scores([-row.ranks[i] for i in used]),
+        scores=tuple(scores) if len(scores) == len(used) else (),
+    )
 
 
 def _ended(field: str, ids: list[int], finished: bool, end: int, written: int) -> list[int]:

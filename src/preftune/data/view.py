@@ -4,6 +4,8 @@
     chosen      green, marked +    scored, the end mark included
     rejected    red, marked -      scored
     both        yellow, marked *   chosen in one pair, rejected in another
+    desirable   green, marked +    scored; undesirable like rejected
+    mismatched  cyan, marked ~     scored, answers another prompt
 
 Special tokens stand out in bold. The marks are there without colour too, so a log file shows the same.
 """
@@ -51,17 +53,21 @@ def _block(text: Text, title: str, words: str, mark: str, style: str) -> None:
 
 def _role(group: TokenGroup, i: int) -> tuple[str, str, str]:
     """What response `i` is called, its mark and its style."""
+    if i >= group.own:
+        return "mismatched", "~", "cyan"
+    if group.labels:
+        return ("desirable", "+", "green") if group.labels[i] else ("undesirable", "-", "red")
     wins, losses = any(i == chosen for chosen, _ in group.pairs), any(i == rejected for _, rejected in group.pairs)
     mark, style = ("*", "yellow") if wins and losses else ("-", "red") if losses else ("+", "green")
-    if len(group.responses) == 1:
+    if group.own == 1:
         return "response", mark, style
-    if len(group.responses) == 2:
+    if group.own == 2:
         return ("chosen" if wins else "rejected"), mark, style
     return f"response {i}", mark, style
 
 
 def _pairs(group: TokenGroup) -> str:
-    if len(group.responses) < 3:
+    if group.own < 3 or not group.pairs:
         return ""
     return ", pairs (chosen > rejected): " + ", ".join(f"{chosen} > {rejected}" for chosen, rejected in group.pairs)
 

@@ -21,7 +21,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -95,7 +94,7 @@ class ReferenceCache:
             if len(wanted) == len(group.responses):
                 result.append(group)
             elif wanted:
-                result.append(replace(group, responses=tuple(wanted), pairs=()))
+                result.append(TokenGroup(group.prompt, tuple(wanted), weight=group.weight, origin=group.origin))
         return result
 
     def append(self, groups: Sequence[TokenGroup], logps_C: Tensor) -> None:
