@@ -29,7 +29,7 @@ PING_JSON = [said(m.role, m.content) for m in PING]
 TRL = Case(
     "trl",
     rows=[
-        {"prompt": "Hi", "chosen": " Hello. ", "rejected": "No\n", "weight": 2.5},
+        {"prompt": "Hi", "chosen": " Hello. ", "rejected": "No\n", "weight": 2.5, "annotator": "ann"},
         {"prompt": "Hi", "chosen": "a", "rejected": "b", "weight": None, "score_chosen": 3, "score_rejected": 4.5},
         {"prompt": [said("user", "Hi")], "chosen": [said("assistant", "a")], "rejected": [said("assistant", "b")]},
         # Stored whole: the prompt stands in front of both answers (as text, then as messages); it counts once.
@@ -52,7 +52,7 @@ TRL = Case(
         {"prompt": "Hi", "chosen": [said("assistant", "a")], "rejected": [said("assistant", "b")]},
     ],
     records=[
-        pair("Hi", " Hello. ", "No\n", 1, weight=2.5),
+        pair("Hi", " Hello. ", "No\n", 1, weight=2.5, annotator="ann"),
         pair("Hi", "a", "b", 2, scores=(3.0, 4.5)),
         pair((HI,), "a", "b", 3),
         pair((HI,), "a", "b", 4),
@@ -65,6 +65,7 @@ TRL = Case(
     broken=[
         ({"weight": 0}, "weight"),
         ({"weight": "2"}, "weight"),
+        ({"annotator": 7}, "annotator"),
         ({"score_chosen": float("nan")}, "score_chosen"),
         ({"images": ["cat.png"]}, "images"),
         ({"chosen": [said("assistant", "a")]}, "rejected"),

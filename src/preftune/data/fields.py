@@ -171,6 +171,10 @@ class Fields:
             raise Flaw("weight", f"is {weight:g}, a finite number above 0 was expected")
         return 1.0 if weight is None else weight
 
+    def annotator(self) -> str:
+        """Who judged the row, "" when it does not say."""
+        return "" if self.optional("annotator") is None else self.text("annotator")
+
     def refuse_unread(self) -> None:
         for name in UNREAD:
             if self.optional(name) not in (None, [], {}, ""):

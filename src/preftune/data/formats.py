@@ -88,6 +88,7 @@ def _pair(row: Fields, prompt: Prompt | None, sides: Sequence[Completion]) -> Ra
         responses=tuple(Response(text=side.text, score=score) for side, score in zip(sides, scores, strict=True)),
         ranks=(1, 2),
         weight=row.weight(),
+        annotator=row.annotator(),
         origin=row.origin,
     )
 
@@ -256,7 +257,7 @@ def unpaired(row: Fields) -> LabelledResponse:
         response=Response(text=text),
         desirable=desirable,
         weight=row.weight(),
-        annotator="" if row.optional("annotator") is None else row.text("annotator"),
+        annotator=row.annotator(),
         origin=row.origin,
     )
 
@@ -288,7 +289,7 @@ _pair_columns = _has("chosen", "rejected")
 _has_no_prompt = _has("chosen", "rejected", none_of=["prompt"])
 
 PREFERENCES: dict[str, Layout] = {
-    "trl": Layout("prompt, chosen, rejected[, weight]", _has("prompt", "chosen", "rejected"), each(explicit)),
+    "trl": Layout("prompt, chosen, rejected[, weight, annotator]", _has("prompt", "chosen", "rejected"), each(explicit)),
     "trl_implicit": Layout(
         "chosen, rejected, both beginning with the prompt",
         lambda row: _has_no_prompt(row) and not _is_transcript(row) and not _is_turn(row),
