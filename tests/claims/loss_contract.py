@@ -189,9 +189,11 @@ class Row:
     """The tokens of a response have different gradient weights: `weights` is that of its last one."""
     pull_at_start: tuple[int, int] = (1, 1)
     """Signs of the two gradient weights of a fresh policy: chosen up and rejected down unless the loss says else."""
+    rests_at_start: bool = False
+    """A pair that a fresh policy already orders well enough is let go: some of those weights are 0."""
     limits: tuple[Limit, ...] = ()
     optimum: Callable[..., Tensor] | None = None
-    optimum_world: Literal["bradley_terry", "intransitive", "certain"] = "bradley_terry"
+    optimum_world: Literal["bradley_terry", "intransitive", "certain", "uniform"] = "bradley_terry"
     optimum_knobs: Knobs = field(default_factory=dict)
     optimum_flips: float = 0.0
     """The share of labels flipped before the loss sees them."""

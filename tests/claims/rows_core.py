@@ -87,16 +87,16 @@ def ipo_optimum(world: World, tau: float) -> Tensor:
 
 def ipo_average_optimum(world: World, tau: float) -> Tensor:
     """pi_ref exp(n (P(y beats pi_ref) / tau + c)), c by normalisation: the same advantage pays per token."""
-    return _normalised(world.reference.log(), world.length, world.beats @ world.reference / tau)
+    return normalised(world.reference.log(), world.length, world.beats @ world.reference / tau)
 
 
 def simpo_optimum(world: World, beta: float, gamma: float) -> Tensor:
     """exp(n (r / beta + c)) at gamma = 0: no trace of the reference, and long responses gain or lose by length."""
     assert gamma == 0
-    return _normalised(torch.zeros_like(world.reward), world.length, world.reward / beta)
+    return normalised(torch.zeros_like(world.reward), world.length, world.reward / beta)
 
 
-def _normalised(base: Tensor, length: Tensor, per_token: Tensor) -> Tensor:
+def normalised(base: Tensor, length: Tensor, per_token: Tensor) -> Tensor:
     """exp(base + length (per_token + c)) with the c, found by bisection, that makes it sum to one."""
     low, high = -100.0, 100.0
     for _ in range(200):
