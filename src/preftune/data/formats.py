@@ -289,7 +289,9 @@ _pair_columns = _has("chosen", "rejected")
 _has_no_prompt = _has("chosen", "rejected", none_of=["prompt"])
 
 PREFERENCES: dict[str, Layout] = {
-    "trl": Layout("prompt, chosen, rejected[, weight, annotator]", _has("prompt", "chosen", "rejected"), each(explicit)),
+    "trl": Layout(
+        "prompt, chosen, rejected[, weight, annotator]", _has("prompt", "chosen", "rejected"), each(explicit)
+    ),
     "trl_implicit": Layout(
         "chosen, rejected, both beginning with the prompt",
         lambda row: _has_no_prompt(row) and not _is_transcript(row) and not _is_turn(row),
