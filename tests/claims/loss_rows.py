@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import rows_core
+import rows_divergences
+import rows_reference_free
 from loss_contract import Row
 
 ROWS: dict[str, Row] = {
     **rows_core.ROWS,
+    **rows_divergences.ROWS,
+    **rows_reference_free.ROWS,
 }

@@ -24,7 +24,17 @@ def test_knobs_are_the_losses_own_defaults() -> None:
         "ipo": {"tau": 0.1},
         "ipo_average": {"tau": 1.0},
         "hinge": {"beta": 0.05},
+        "fdpo_forward_kl": {"beta": 0.1},
+        "fdpo_js": {"beta": 0.1},
+        "fdpo_alpha": {"beta": 0.1, "alpha": 0.5},
+        "chipo": {"beta": 0.05, "r_max": 5.0},
         "simpo": {"beta": 2.0, "gamma": 1.0},
+        "alphapo": {"beta": 2.5, "gamma": 0.25, "alpha": 0.25},
+        "nll": {},
+        "cpo": {"beta": 0.1, "nll_weight": 1.0},
+        "slic_hf": {"delta": 1.0, "nll_weight": 0.5},
+        "orpo": {"odds_weight": 0.1},
+        "unlikelihood": {"alpha": 0.5},
         "plackett_luce": {"beta": 0.1},
         "lipo": {"beta": 0.05},
         "exo_list": {"beta": 0.1, "beta_r": 0.1},
@@ -52,6 +62,9 @@ def test_binding_keeps_what_it_is_not_told() -> None:
         ("ipo", {"tau": math.inf}, "loss ipo: tau must be a number > 0, not inf"),
         ("hinge", {"beta": math.nan}, "loss hinge: beta must be a number > 0, not nan"),
         ("simpo", {"gamma": -1}, "loss simpo: gamma must be a number >= 0, not -1"),
+        ("unlikelihood", {"alpha": 1.1}, "loss unlikelihood: alpha must be a number in [0, 1], not 1.1"),
+        ("alphapo", {"alpha": -math.inf}, "loss alphapo: alpha must be a number that is finite, not -inf"),
+        ("nll", {"beta": 0.1}, "loss nll has no knob beta; its knobs: none"),
         ("dpo", {"beta": True}, "loss dpo: beta must be a number > 0, not True"),
         ("dpo", {"beta": "0.1"}, "loss dpo: beta must be a number > 0, not '0.1'"),
     ],
@@ -66,6 +79,8 @@ def test_ends_of_the_ranges_belong_where_they_should() -> None:
     """Without smoothing and without a target margin the losses are defined; at one half labels say nothing."""
     assert LOSSES["robust"].bind(label_smoothing=0).knobs["label_smoothing"] == 0.0
     assert LOSSES["simpo"].bind(gamma=0).knobs["gamma"] == 0.0
+    assert LOSSES["fdpo_alpha"].bind(alpha=1).knobs["alpha"] == 1.0
+    assert LOSSES["alphapo"].bind(alpha=-2).knobs["alpha"] == -2.0
     assert {name: {k: str(r) for k, r in loss.ranges().items()} for name, loss in LOSSES.items()}["cdpo"] == {
         "beta": "> 0",
         "label_smoothing": "in [0, 0.5)",

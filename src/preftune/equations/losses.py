@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from preftune.equations import listwise, pairwise, reference_free
+from preftune.equations import divergences, listwise, pairwise, reference_free
 from preftune.equations.contract import BoundLoss, Loss
 
 __all__ = ["LOSSES", "BoundLoss", "Loss"]
@@ -14,6 +14,7 @@ LOSSES: dict[str, Loss] = {
     loss.name: loss
     for family in (
         pairwise,
+        divergences,
         reference_free,
         listwise,
     )
