@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from decimal import Decimal, localcontext
+from decimal import MAX_EMAX, MIN_EMIN, Decimal, localcontext
 from typing import Any, Literal
 
 import torch
@@ -133,7 +133,7 @@ def exact(oracle: Oracle, points: Points, knobs: Knobs, *, coupled: bool = False
     """The oracle's value at every point, [T] float64."""
     exact_knobs = {name: Decimal(value) for name, value in knobs.items()}
     columns = [getattr(points, f.name).tolist() for f in fields(points)]
-    with localcontext(prec=60):
+    with localcontext(prec=60, Emin=MIN_EMIN, Emax=MAX_EMAX):
         chances = [
             Chances(*(Decimal(x).exp() for x in row[:4]), int(row[4]), int(row[5]), *map(Decimal, row[6:]))
             for row in zip(*columns, strict=True)
