@@ -16,14 +16,14 @@ Legend of shapes: C scored tokens, V vocabulary entries, B entries of one block,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["token_logprobs"]
+__all__ = ["Blocks", "block_entries", "pull_back", "token_logprobs"]
 
 # Logits held at a time: a few megabytes on a CPU (its cache), enough to fill an accelerator elsewhere.
 _BLOCK_ELEMENTS = {"cpu": 2**21}
@@ -46,14 +46,18 @@ def token_logprobs(
     belong to. What needs no gradient costs nothing in the backward. `chunk` is the number of vocabulary entries of a
     block, by default as many as fit a fixed number of logits. `targets_C` is int64 in [0, V).
     """
-    if chunk is None:
-        elements = _BLOCK_ELEMENTS.get(hidden_Cd.device.type, _BLOCK_ELEMENTS_ELSE)
-        chunk = max(64, elements // max(1, len(hidden_Cd)))
+    chunk = chunk or block_entries(hidden_Cd)
     logps: Tensor = _TokenLogprobs.apply(hidden_Cd, weight_Vd, bias, targets_C, softcap, scale, chunk)
     return logps
 
 
-class _Blocks:
+def block_entries(hidden_Cd: Tensor, sides: int = 1) -> int:
+    """How many vocabulary entries of all C tokens fit the room for logits when `sides` blocks are held at once."""
+    elements = _BLOCK_ELEMENTS.get(hidden_Cd.device.type, _BLOCK_ELEMENTS_ELSE)
+    return max(64, elements // (sides * max(1, len(hidden_Cd))))
+
+
+class Blocks:
     """Walks the vocabulary; one workspace serves all blocks."""
 
     def __init__(
@@ -71,6 +75,14 @@ class _Blocks:
         in_order, order = targets.sort()
         edges = torch.arange(0, len(self.weight) + self.chunk, self.chunk, device=targets.device)
         return order, torch.searchsorted(in_order, edges).tolist()
+
+    def lowest(self) -> Tensor:
+        """[C] where a running maximum starts; not -inf, because -inf - -inf is NaN."""
+        return self.hidden.new_full((len(self.hidden),), torch.finfo(self.dtype).min, dtype=self.dtype)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """[C, B] d softcap / d its argument, from what it gave; None where there is no softcap."""
+        return None if self.softcap is None else 1 - (logits / self.softcap).square_()
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first entry, logits [C, B] to overwrite, room [C, B] in the weight's dtype, possibly the same memory)."""
@@ -91,6 +103,38 @@ class _Blocks:
             yield low, logits, product
 
 
+def pull_back(
+    blocks: Blocks, pulls: Iterator[tuple[int, Tensor, Tensor]], upstream_C: Tensor, needs: Sequence[bool], like: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (hidden, weight, bias), each where `needs` says so; the hidden's in the dtype of `like`.
+
+    `pulls` yields per block (first entry, G [C, B], room as of `Blocks`), where upstream_t G_t is the gradient by
+    softcap's argument: d hidden = upstream scale (G W), d W = G^T (upstream scale hidden); upstream never meets [C, B].
+    """
+    weight, bias = blocks.weight, blocks.bias
+    needs_hidden, needs_weight, needs_bias = needs
+    factor = (blocks.scale * upstream_C).to(blocks.dtype)
+    scaled = (like * factor[:, None]).to(weight.dtype) if needs_weight else None
+    d_hidden = torch.zeros_like(like, dtype=blocks.dtype) if needs_hidden else None
+    d_weight = torch.empty_like(weight) if needs_weight else None
+    d_bias = bias.new_empty(bias.shape, dtype=blocks.dtype) if needs_bias and bias is not None else None
+    for low, pull, room in pulls:
+        columns = slice(low, low + pull.shape[1])
+        if d_bias is not None:
+            torch.mv(pull.t(), factor, out=d_bias[columns])
+        if room is not pull:
+            room.copy_(pull)
+        if d_weight is not None and scaled is not None:
+            torch.mm(room.t(), scaled, out=d_weight[columns])
+        if d_hidden is not None:
+            d_hidden += torch.mm(room, weight[columns])
+    return (
+        None if d_hidden is None else d_hidden.mul_(factor[:, None]).to(like.dtype),
+        d_weight,
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,10 +147,9 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
         chunk: int,
     ) -> Tensor:
-        blocks = _Blocks(hidden, weight, bias, softcap, scale, chunk)
+        blocks = Blocks(hidden, weight, bias, softcap, scale, chunk)
         order, at = blocks.by_target(targets)
-        lowest = torch.finfo(blocks.dtype).min  # not -inf: -inf - -inf is NaN
-        maximum = hidden.new_full((len(hidden),), lowest, dtype=blocks.dtype)
+        maximum = blocks.lowest()
         total = torch.zeros_like(maximum)
         at_target = torch.empty_like(maximum)
         for i, (low, logits, _) in enumerate(blocks):
@@ -123,40 +166,17 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_C: Tensor) -> tuple[Tensor | None, ...]:
-        """With g_t upstream: d hidden = g (onehot - p) W, d W = (onehot - p)^T (g hidden): g never meets [C, B]."""
         hidden, weight, bias, targets, lse = ctx.saved_tensors
-        softcap, scale, chunk = ctx.settings
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        blocks = _Blocks(hidden, weight, bias, softcap, scale, chunk)
+        blocks = Blocks(hidden, weight, bias, *ctx.settings)
         order, at = blocks.by_target(targets)
-        # What is computed below is p - onehot, so the sign joins the scale.
-        factor = (-scale * grad_C).to(blocks.dtype)
-        scaled = (hidden * factor[:, None]).to(weight.dtype) if needs_weight else None
-        d_hidden = torch.zeros_like(hidden, dtype=blocks.dtype) if needs_hidden else None
-        d_weight = torch.empty_like(weight) if needs_weight else None
-        d_bias = bias.new_empty(bias.shape, dtype=blocks.dtype) if needs_bias else None
-        for i, (low, logits, room) in enumerate(blocks):
-            own = order[at[i] : at[i + 1]]
-            slope = None if softcap is None else 1 - (logits / softcap).square_()
-            logits.sub_(lse[:, None]).exp_()
-            logits[own, targets[own] - low] -= 1
-            if slope is not None:
-                logits.mul_(slope)
-            columns = slice(low, low + logits.shape[1])
-            if d_bias is not None:
-                torch.mv(logits.t(), factor, out=d_bias[columns])
-            if room is not logits:
-                room.copy_(logits)
-            if d_weight is not None and scaled is not None:
-                torch.mm(room.t(), scaled, out=d_weight[columns])
-            if d_hidden is not None:
-                d_hidden += torch.mm(room, weight[columns])
-        return (
-            None if d_hidden is None else d_hidden.mul_(factor[:, None]).to(hidden.dtype),
-            d_weight,
-            None if d_bias is None else d_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+
+        def pulls() -> Iterator[tuple[int, Tensor, Tensor]]:
+            """p - onehot, so the sign joins upstream."""
+            for i, (low, logits, room) in enumerate(blocks):
+                own = order[at[i] : at[i + 1]]
+                slope = blocks.slope(logits)
+                logits.sub_(lse[:, None]).exp_()
+                logits[own, targets[own] - low] -= 1
+                yield low, logits if slope is None else logits.mul_(slope), room
+
+        return *pull_back(blocks, pulls(), -grad_C, ctx.needs_input_grad[:3], hidden), None, None, None, None

@@ -7,6 +7,7 @@ V vocabulary, d hidden size.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,28 @@ from torch import Tensor, nn
 
 from preftune.errors import RunError
 from preftune.models.attention import KEYWORD, decoder, layout_for, own_attention
+from preftune.models.distributions import token_alignment, token_divergence
 from preftune.models.head import token_logprobs
 from preftune.tensors import Ids, PackedBatch
 
-__all__ = ["TOLERANCE", "check_packing", "score", "token_logprobs"]
+__all__ = ["TOLERANCE", "TokenScores", "check_packing", "score", "score_tokens", "token_logprobs"]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Allowed root mean square of log-prob differences, nats per token: a few times what rounding alone makes of them."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenScores:
+    """What the completion tokens of a batch are worth to a policy, [C] each, nats, ordered as its scored tokens."""
+
+    logps: Tensor
+    """log pi(token | everything before it in its own sequence); differentiable when gradients are enabled."""
+    reference: Tensor | None
+    """The same of the reference, detached; None when no reference model was given."""
+    divergence: Tensor | None
+    """KL(pi_ref || pi) of the whole next-token distributions, differentiable by the policy; None unless asked for."""
+    alignment: Tensor | None
+    """log pi(token) - log sum_v pi(v)^2, detached; None unless asked for."""
 
 
 def score(model: Any, batch: PackedBatch) -> Tensor:
@@ -30,24 +46,38 @@ def score(model: Any, batch: PackedBatch) -> Tensor:
     Ordered as the batch's scored tokens; differentiable when gradients are enabled. Only the hidden states that
     predict a completion token meet the vocabulary. Raises RunError when the model does not read the batch's plan.
     """
-    if batch.plan is None:
-        with own_attention(model):
-            out = decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    else:
-        layout = layout_for(model, batch.plan)
-        packed = {KEYWORD: layout}
-        out = decoder(model)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed)
-        if not layout.calls:
-            raise RunError(
-                f"{type(model).__name__} ignored who sees whom in a packed row; "
-                "pass it padded rows, or call models.attention.install, which says why it cannot pack"
-            )
-    hidden_Cd = out.last_hidden_state.flatten(0, 1).index_select(0, batch.predict_at)
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise RunError(f"{type(model).__name__} has no linear vocabulary projection but {type(head).__name__}")
-    softcap, scale = _logit_transform(model)
-    return token_logprobs(hidden_Cd, head.weight, batch.targets, bias=head.bias, softcap=softcap, scale=scale)
+    return score_tokens(model, batch).logps
+
+
+def score_tokens(
+    model: Any,
+    batch: PackedBatch,
+    *,
+    reference_model: Any = None,
+    divergence: bool = False,
+    alignment: bool = False,
+) -> TokenScores:
+    """`score` and what else is asked of the same tokens, from one forward of the policy and one of the reference.
+
+    The reference is run without gradients and must, as the policy, have been prepared by `attention.install` when the
+    batch is packed. Raises RunError on a divergence without a reference model or between two vocabularies.
+    """
+    if divergence and reference_model is None:
+        raise RunError(
+            "a divergence needs the reference's whole distributions: pass reference_model, not its log-probs"
+        )
+    policy = _head_inputs(model, batch)
+    reference = reference_C = None
+    if reference_model is not None:
+        with torch.no_grad():
+            reference = _head_inputs(reference_model, batch)
+            reference_C = reference.logps(batch.targets)
+    return TokenScores(
+        policy.logps(batch.targets),
+        reference_C,
+        policy.divergence(reference) if divergence and reference is not None else None,
+        policy.alignment(batch.targets) if alignment else None,
+    )
 
 
 def check_packing(model: Any, batch: PackedBatch, *, tolerance: float | None = None) -> float:
@@ -96,3 +126,57 @@ def _logit_transform(model: Any) -> tuple[float | None, float]:
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
     return getattr(config, "final_logit_softcapping", None), scale / divisor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _HeadInputs:
+    """The hidden states that predict scored tokens, and all that lies between them and a softmax."""
+
+    hidden: Tensor
+    """[C, d]."""
+    weight: Tensor
+    """[V, d]."""
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+    def logps(self, targets_C: Tensor) -> Tensor:
+        return token_logprobs(self.hidden, self.weight, targets_C, **self._options())
+
+    def alignment(self, targets_C: Tensor) -> Tensor:
+        return token_alignment(self.hidden, self.weight, targets_C, **self._options())
+
+    def divergence(self, reference: _HeadInputs) -> Tensor:
+        if len(self.weight) != len(reference.weight):
+            raise RunError(
+                f"a divergence compares distributions over one vocabulary: the policy has {len(self.weight)} entries, "
+                f"the reference {len(reference.weight)}; use a reference of the policy's vocabulary"
+            )
+        theirs = {f"ref_{name}": value for name, value in reference._options().items()}
+        return token_divergence(
+            self.hidden, self.weight, reference.hidden, reference.weight, **self._options(), **theirs
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+
+
+def _head_inputs(model: Any, batch: PackedBatch) -> _HeadInputs:
+    """One forward of the decoder; raises RunError when the model does not read the batch's plan."""
+    if batch.plan is None:
+        with own_attention(model):
+            out = decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    else:
+        layout = layout_for(model, batch.plan)
+        packed = {KEYWORD: layout}
+        out = decoder(model)(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed)
+        if not layout.calls:
+            raise RunError(
+                f"{type(model).__name__} ignored who sees whom in a packed row; "
+                "pass it padded rows, or call models.attention.install, which says why it cannot pack"
+            )
+    hidden_Cd = out.last_hidden_state.flatten(0, 1).index_select(0, batch.predict_at)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise RunError(f"{type(model).__name__} has no linear vocabulary projection but {type(head).__name__}")
+    return _HeadInputs(hidden_Cd, head.weight, head.bias, *_logit_transform(model))
