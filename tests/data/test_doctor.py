@@ -17,11 +17,11 @@ from preftune.data.doctor import DataReport, Prepared, check_refusals, prepare
 from preftune.data.report import ODDITIES
 from preftune.data.truncation import Truncation
 from preftune.errors import ConfigError, DataError
-from preftune.records import Demonstration, Message, RankedResponses, Refusal, Response
+from preftune.records import Demonstration, LabelledResponse, Message, RankedResponses, Refusal, Response
 from preftune.tensors import TokenGroup
 
 TOKENIZER = byte_level()
-Item = RankedResponses | Demonstration | Refusal
+Item = RankedResponses | LabelledResponse | Demonstration | Refusal
 
 
 def pair(prompt: Any, chosen: str, rejected: str, **settings: Any) -> RankedResponses:
@@ -287,6 +287,11 @@ ROWS = st.one_of(
     st.builds(
         lambda text: Demonstration(prompt="the", response=Response(text=text)), st.sampled_from(["", " a", " b" * 40])
     ),
+    st.builds(
+        lambda text, desirable: LabelledResponse(prompt="the", response=Response(text=text), desirable=desirable),
+        st.sampled_from(["", " a", " b" * 40]),
+        st.booleans(),
+    ),
     st.builds(lambda: Refusal(origin="", field="row", reason="is not JSON")),
 )
 
@@ -311,6 +316,8 @@ def test_no_row_vanishes(rows: list[Item], truncation: Truncation, limit: int) -
         for g in prepared.groups
         for w, l in g.pairs
     }
+    labels = {(g.prompt.tobytes(), g.responses[0].tobytes(), g.labels) for g in prepared.groups if g.labels}
+    assert not any((prompt, text, (not label,)) in labels for prompt, text, (label,) in labels)
     contradictions = sum((prompt, l, w) in stated for prompt, w, l in stated)
     assert contradictions == 0 or "annotators disagree" in oddities(report)
 

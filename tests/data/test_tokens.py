@@ -12,9 +12,9 @@ from small_tokenizers import byte_level, sentence_piece
 from tokenizers import AddedToken, normalizers
 
 from preftune.data.ranking import pair_positions
-from preftune.data.tokens import Encoder, TokenRow
+from preftune.data.tokens import Encoder, Row, TokenRow
 from preftune.errors import DataError
-from preftune.records import Demonstration, RankedResponses, Refusal, Response
+from preftune.records import Demonstration, LabelledResponse, RankedResponses, Refusal, Response
 
 BYTES = byte_level()
 PIECES = sentence_piece()
@@ -27,18 +27,18 @@ def pair(prompt: str, *texts: str, **settings: Any) -> RankedResponses:
     return RankedResponses(prompt=prompt, responses=responses, ranks=tuple(range(1, len(texts) + 1)), origin="f:1")
 
 
-def encode(tokenizer: Any, row: RankedResponses | Demonstration) -> TokenRow | Refusal:
+def encode(tokenizer: Any, row: Row) -> TokenRow | Refusal:
     (encoded,) = Encoder(tokenizer).encode([row], pair_positions)
     return encoded
 
 
-def encoded(tokenizer: Any, row: RankedResponses | Demonstration) -> TokenRow:
+def encoded(tokenizer: Any, row: Row) -> TokenRow:
     result = encode(tokenizer, row)
     assert isinstance(result, TokenRow), result
     return result
 
 
-def refused(tokenizer: Any, row: RankedResponses | Demonstration) -> str:
+def refused(tokenizer: Any, row: Row) -> str:
     result = encode(tokenizer, row)
     assert isinstance(result, Refusal), "the row was not refused"
     return str(result)
@@ -218,6 +218,46 @@ def test_responses_share_one_prompt_and_unused_ones_are_left_out() -> None:
     assert encoded_row.group.pairs == ((0, 1),)
     assert [BYTES.decode(r) for r in encoded_row.group.responses] == [" cat</s>", " park</s>"]
     assert encoded_row.fields == ("responses[0]", "responses[3]")
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "ranks"),
+    [("all", "abcde", (3, 1, 2, 3, 1)), ("best_worst", "abde", (2, 1, 2, 1)), ("adjacent", "abcde", (3, 1, 2, 3, 1))],
+)
+def test_a_group_ranks_and_scores_the_responses_it_keeps(policy: str, kept: str, ranks: tuple[int, ...]) -> None:
+    """Ranks are dense again among those that are left, ties stay ties, and each score stays with its response."""
+    score = {"a": -1.0, "b": 7.5, "c": 3.0, "d": -1.0, "e": 7.5}
+    responses = tuple(Response(text=f" {name}", score=score[name]) for name in "abcde")
+    row = RankedResponses(prompt="the", responses=responses, ranks=(9, 2, 5, 9, 2), origin="f:1")
+    (found,) = Encoder(BYTES).encode([row], lambda r: pair_positions(r, policy))
+    assert isinstance(found, TokenRow)
+    assert [BYTES.decode(r) for r in found.group.responses] == [f" {name}</s>" for name in kept]
+    assert found.group.ranks == ranks
+    assert found.group.scores == tuple(score[name] for name in kept)
+    assert found.group.labels == () and found.group.mismatched == 0
+
+
+def test_stated_pairs_are_no_order_and_a_missing_score_leaves_none() -> None:
+    """What was derived from comparisons is not passed on as stated; scores of some responses compare nothing."""
+    responses = (Response(text=" a", score=1.0), Response(text=" b", score=2.0), Response(text=" c"))
+    row = RankedResponses(prompt="the", responses=responses, ranks=(1, 2, 3), pairs=((0, 1), (1, 2)), origin="f:1")
+    assert (encoded(BYTES, row).group.ranks, encoded(BYTES, row).group.scores) == ((), ())
+    row = RankedResponses(prompt="the", responses=responses, ranks=(1, 2, 3), pairs=((0, 1),), origin="f:1")
+    assert encoded(BYTES, row).group.scores == (1.0, 2.0)
+    demonstration = Demonstration(prompt="the", response=responses[0], origin="f:1")
+    assert encoded(BYTES, demonstration).group.scores == ()
+
+
+@pytest.mark.parametrize("desirable", [True, False])
+def test_a_labelled_response_is_a_group_of_one_with_its_label(desirable: bool) -> None:
+    """The same tokens as a demonstration, no pair, and the label."""
+    labelled = LabelledResponse(
+        prompt="the", response=Response(text=" cat"), desirable=desirable, weight=2.0, origin="f:3"
+    )
+    row = encoded(BYTES, labelled)
+    assert (row.group.labels, row.group.pairs, row.group.ranks) == ((desirable,), (), ())
+    assert [BYTES.decode(r) for r in row.group.responses] == [" cat</s>"]
+    assert (row.group.weight, row.group.origin, row.fields) == (2.0, "f:3", ("response",))
 
 
 def test_ids_are_int32_and_weight_and_origin_are_kept() -> None:

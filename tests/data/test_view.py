@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -71,6 +72,23 @@ def test_a_cut_response_is_shown_without_end_mark() -> None:
 def test_a_demonstration_has_one_scored_response() -> None:
     """No pair, no rejected side."""
     assert "  response: 2 tokens, scored, ends with </s>\n    +  sat</s>\n" in shown(group(" sat"))
+
+
+def test_a_labelled_response_shows_its_label() -> None:
+    """Good in green with a plus, bad in red with a minus, as chosen and rejected."""
+    for label, mark in ((True, "+"), (False, "-")):
+        one = dataclasses.replace(group(" sat"), labels=(label,))
+        name = "desirable" if label else "undesirable"
+        assert f"  {name}: 2 tokens, scored, ends with </s>\n    {mark}  sat</s>\n" in shown(one)
+
+
+def test_a_mismatched_response_is_marked_apart() -> None:
+    """It is scored, but belongs to no pair and is neither chosen nor rejected."""
+    pair = group(" sat", " ran")
+    lent = dataclasses.replace(pair, responses=(*pair.responses, pair.responses[0]), mismatched=1)
+    assert shown(lent).startswith("f:1\n")
+    assert "  chosen: " in shown(lent) and "  rejected: " in shown(lent)
+    assert "  mismatched: 2 tokens, scored, ends with </s>\n    ~  sat</s>\n" in shown(lent)
 
 
 def test_a_chat_shows_its_templates_marks() -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,21 @@ def test_what_was_appended_is_looked_up_bit_for_bit(tmp_path: Path) -> None:
         batch = GROUPS[35:5:-3]
         found = reader.lookup(batch)
         assert found.dtype == torch.float32 and torch.equal(found, logps(batch))
+
+
+def test_groups_with_ranks_scores_labels_and_lent_responses_are_cached_like_any(tmp_path: Path) -> None:
+    """A group that comes back in part is only its missing responses; a lent one is a response to the new prompt."""
+    ranked = replace(group([1], [5, 6], [7, 8], [9]), ranks=(1, 2, 2), scores=(3.0, 1.0, 1.0))
+    labelled = replace(group([2], [5, 6]), labels=(True,))
+    cache = filled(tmp_path, [group([1], [7, 8]), labelled])
+    (partial,) = cache.missing([ranked, labelled])
+    assert [r.tolist() for r in partial.responses] == [[5, 6], [9]]
+    lent = replace(labelled, responses=(*labelled.responses, ranked.responses[1]), mismatched=1)
+    (stray,) = cache.missing([lent])
+    assert [r.tolist() for r in stray.responses] == [[7, 8]] and stray.prompt.tolist() == [2]
+    for todo in ([partial], [stray]):
+        cache.append(todo, logps(todo))
+    assert cache.missing([ranked, lent]) == [] and torch.equal(cache.lookup([ranked, lent]), logps([ranked, lent]))
 
 
 def test_double_precision_and_gradients_are_taken_as_float32_values(tmp_path: Path) -> None:

@@ -91,6 +91,30 @@ def test_demonstrations_and_cuts_are_shown(
     assert "tokens, scored, no end mark" in out
 
 
+def test_unpaired_rows_are_counted_and_measured_by_label(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many are desirable and how long they are beside the others; copies and contradictions as in pairs."""
+    good = {"prompt": "the cat", "completion": " sat", "label": True}
+    bad = {"prompt": "the cat", "completion": " ran to the park", "label": False}
+    other = {"prompt": "the dog", "completion": " sat", "label": True}
+    rows = [good, bad, good, other, {**bad, "prompt": "once"}, {**bad, "prompt": "once", "label": True}]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = main(InspectConfig(model=str(tiny_model_folder), data=str(data), examples=2, allow_refused=2))
+    out = capsys.readouterr().out
+    assert out.startswith(f"{data}: unpaired, sha256 ")
+    assert "6 rows = 3 used + 2 refused + 0 truncated + 1 duplicate\n" in out
+    assert "2 desirable and 1 undesirable responses to 2 prompts" in out
+    assert [line.split()[0] for line in out.splitlines()[3:8]] == [
+        "tokens", "prompt", "desirable", "undesirable", "total"
+    ]  # fmt: skip
+    assert f"2 refused:\n  {data}:5: label: {data}:6 gives the same response the other label\n" in out
+    assert f"1 duplicate:\n  {data}:3: row: is a copy of {data}:1\n" in out
+    assert "    +  sat</s>\n" in out and "    -  ran to the park</s>\n" in out
+    assert (report.desirable, report.undesirable, report.pairs) == (2, 1, 0)
+
+
 def test_dropped_rows_are_listed(tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Left out on request is still left out: it is named, and stops nothing."""
     data = write(tmp_path / "d.jsonl", [*GOOD, {**GOOD[0], "chosen": " sat" * 50}])
