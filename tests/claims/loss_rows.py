@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import rows_anchored
 import rows_core
 import rows_divergences
 import rows_reference_free
+import rows_shaped
 from loss_contract import Row
 
 ROWS: dict[str, Row] = {
     **rows_core.ROWS,
+    **rows_anchored.ROWS,
+    **rows_shaped.ROWS,
     **rows_divergences.ROWS,
     **rows_reference_free.ROWS,
 }

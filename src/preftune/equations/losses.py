@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from preftune.equations import divergences, listwise, pairwise, reference_free
+from preftune.equations import anchored, divergences, length_normalised, listwise, pairwise, reference_free, shaped
 from preftune.equations.contract import BoundLoss, Loss
 
 __all__ = ["LOSSES", "BoundLoss", "Loss"]
@@ -14,7 +14,10 @@ LOSSES: dict[str, Loss] = {
     loss.name: loss
     for family in (
         pairwise,
+        shaped,
+        anchored,
         divergences,
+        length_normalised,
         reference_free,
         listwise,
     )
