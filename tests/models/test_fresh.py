@@ -56,16 +56,16 @@ def test_an_unknown_piece_becomes_unk_and_its_neighbours_stay():
 
 
 def test_a_letter_is_a_token_and_there_is_nothing_else(tmp_path):
-    """n letters and EOS are the whole vocabulary, text and ids are each other's inverse, and both survive a folder."""
-    model = tiny_llama(4, hidden=16, layers=1, heads=2, bos_id=None, eos_id=3)
+    """n letters and one mark are the whole vocabulary, ids -> text -> ids is the identity, and a folder keeps both."""
+    model = tiny_llama(4, hidden=16, layers=1, heads=2, bos_id=3, eos_id=3)
     model.save_pretrained(tmp_path)
-    letter_tokenizer("BCA").save_pretrained(tmp_path)
+    letter_tokenizer(3).save_pretrained(tmp_path)
     loaded, letters = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert len(letters) == 4 and letters.bos_token_id is None and loaded.config.bos_token_id is None
-    assert letters.eos_token_id == loaded.config.eos_token_id == loaded.generation_config.eos_token_id == 3
+    assert len(letters) == 4 and letters.bos_token_id == letters.eos_token_id == 3
+    assert loaded.config.bos_token_id == loaded.config.eos_token_id == loaded.generation_config.eos_token_id == 3
     for ids in itertools.product(range(3), repeat=3):
-        assert letters(letters.decode(ids))["input_ids"] == list(ids)
-    assert letters("A?\nC")["input_ids"] == [2, 3, 3, 1]
+        assert letters(letters.decode(ids))["input_ids"] == [3, *ids]
+    assert letters("c?\nb")["input_ids"] == [3, 2, 3, 3, 1]
 
 
 def test_impossible_requests_are_refused():
@@ -74,5 +74,5 @@ def test_impossible_requests_are_refused():
         tiny_llama(10, hidden=20, heads=4)
     with pytest.raises(ConfigError, match="4 words give 6 tokens"):
         word_tokenizer(["a", "b", "b", "c"])
-    with pytest.raises(ConfigError, match="'ABA' repeats a letter"):
-        letter_tokenizer("ABA")
+    with pytest.raises(ConfigError, match="count=27 must be from 1 to 26"):
+        letter_tokenizer(27)

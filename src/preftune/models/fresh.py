@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_lowercase
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
@@ -24,7 +25,7 @@ def tiny_llama(
     heads: int = 4,
     positions: int = 128,
     seed: int = 0,
-    bos_id: int | None = 1,
+    bos_id: int = 1,
     eos_id: int = 2,
 ) -> LlamaForCausalLM:
     """A Llama of the given size in float32 whose weights are a function of the seed alone.
@@ -81,19 +82,22 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def letter_tokenizer(letters: str) -> PreTrainedTokenizerFast:
-    """One token per letter and EOS after them, nothing else: ids 0 .. n-1 in the order of `letters`, EOS n.
+def letter_tokenizer(count: int) -> PreTrainedTokenizerFast:
+    """One token per letter and one mark, nothing else: the first `count` small letters are ids 0 .., the mark `count`.
 
-    Every id can be sampled and means something, so a model of n + 1 tokens has all its probability on texts of these
-    letters. There is no BOS; any other character becomes EOS, which no text may hold, so a row with one is refused.
-    Raises ConfigError on a repeated letter.
+    The mark ends a text and, as in GPT-2, stands before each, so that a model can tell where it is. Every id can be
+    sampled and means something: a model of count + 1 tokens has all its probability on texts of these letters. Any
+    other character becomes the mark, which no response may hold, so a row with one is refused. Raises ConfigError.
     """
-    vocabulary = {token: index for index, token in enumerate([*letters, EOS])}
-    if len(vocabulary) != len(letters) + 1:
-        raise ConfigError(f"{letters!r} repeats a letter: every letter once")
+    if not 1 <= count <= 26:
+        raise ConfigError(f"count={count} must be from 1 to 26, the letters from a to z")
+    vocabulary = {token: index for index, token in enumerate([*ascii_lowercase[:count], EOS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=EOS))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{EOS} $A", pair=f"{EOS} $A $B", special_tokens=[(EOS, vocabulary[EOS])]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=EOS, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, unk_token=EOS, bos_token=EOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )

@@ -1,7 +1,7 @@
 """A language so small that a policy is a table: 8 letters, 64 prompts, every response enumerable, every law exact.
 
-    prompt     two letters, "CA"
-    response   one to five letters, "FAB", drawn letter by letter from a random Markov grammar
+    prompt     two letters, "ca"
+    response   one to five letters, "fab", drawn letter by letter from a random Markov grammar
     score      sum over the response's letters of value(letter), negated where the letter before is the negation
     reward     "sum": the score;  "mean": score / letters, length-neutral;  "sigmoid": 1 / (1 + exp(-score)) in (0, 1)
 
@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Literal
 
 import torch
@@ -41,7 +42,7 @@ __all__ = [
     "write_rows",
 ]
 
-LETTERS = "ABCDEFGH"
+LETTERS = ascii_lowercase[:8]
 EOS_ID = len(LETTERS)
 FOLLOWERS = 4  # letters that usually follow a letter
 NOISE = 0.02  # of the grammar's mass spread over all letters: nothing is impossible, most is rare
@@ -66,9 +67,13 @@ class World:
         """All 64 prompts, in alphabetical order."""
         return tuple("".join(pair) for pair in product(LETTERS, repeat=2))
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a prompt or of a response's letters. Raises ValueError on any other character."""
-        return [LETTERS.index(letter) for letter in text]
+    def ids(self, letters: str) -> list[int]:
+        """Token ids of letters, as they stand in a completion. Raises ValueError on any other character."""
+        return [LETTERS.index(letter) for letter in letters]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What a model is given for a prompt: the mark and two letters, as the tokenizer writes them."""
+        return [EOS_ID, *self.ids(prompt)]
 
     def texts(self, tokens: Tensor) -> list[str]:
         """The text of every completion of `tokens` [M, T]."""
@@ -156,7 +161,7 @@ def random_world(
 ) -> World:
     """A world as a function of the seed: the same grammar and lexicon for every kind of reward and every limit.
 
-    After each letter come 4 others with random weights and the end with a probability in [0.1, 0.3]; 2 % is spread
+    After each letter come 4 others with random weights and the end with a probability in [0.15, 0.35]; 2 % is spread
     over all letters. Values are normal with deviation `scale`; the negation is a letter that often follows others.
     """
     g = torch.Generator().manual_seed(seed)
@@ -165,7 +170,7 @@ def random_world(
     weights = torch.rand(size, FOLLOWERS, generator=g, dtype=torch.float64) + 0.1
     law = torch.zeros(size, size, dtype=torch.float64).scatter(1, usual, weights / weights.sum(-1, keepdim=True))
     law = (1 - NOISE) * law + NOISE / size
-    end = 0.1 + 0.2 * torch.rand(size, 1, generator=g, dtype=torch.float64)
+    end = 0.15 + 0.2 * torch.rand(size, 1, generator=g, dtype=torch.float64)
     values = scale * torch.randn(size, generator=g, dtype=torch.float64)
     negation = int(law.sum(0).argmax())
     values[negation] = 0.0
@@ -232,14 +237,14 @@ def compare(logps: Tensor, utilities: Tensor, labels: Labels, *, per_prompt: int
 
 
 def write_model(folder: Path, *, hidden: int = 48, layers: int = 2, seed: int = 0) -> None:
-    """A fresh transformer over the world's 9 tokens and its tokenizer, as a Hugging Face folder: 8 letters and EOS.
+    """A fresh transformer over the world's 9 tokens and its tokenizer, as a Hugging Face folder: 8 letters and a mark.
 
-    The defaults give about 39 thousand parameters in float32. Every token it can write is a letter or the end, so
+    The defaults give about 61 thousand parameters in float32. Every token it can write is a letter or the end, so
     its completions are exactly those that can be enumerated.
     """
-    model = tiny_llama(EOS_ID + 1, hidden=hidden, layers=layers, positions=16, seed=seed, bos_id=None, eos_id=EOS_ID)
+    model = tiny_llama(EOS_ID + 1, hidden=hidden, layers=layers, positions=16, seed=seed, bos_id=EOS_ID, eos_id=EOS_ID)
     model.save_pretrained(folder)
-    letter_tokenizer(LETTERS).save_pretrained(folder)
+    letter_tokenizer(len(LETTERS)).save_pretrained(folder)
 
 
 def write_rows(path: Path, records: Iterable[Demonstration | RankedResponses]) -> None:
