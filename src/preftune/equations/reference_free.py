@@ -88,7 +88,7 @@ def alphapo(pairs: PairLogps, *, beta: Positive = 2.5, gamma: NonNegative = 0.25
     Elsewhere: TRL raises e^l to the power -alpha, for sums of log-probabilities too, where e^l is 0 and the power
     infinite. Here expm1 of the mean, the exponent held below 40 (`divergences.EXPONENT_LIMIT`): at alpha 0.25 that is
     a mean of -160 nats per token.
-    Source: arXiv 2501.03884 (alpha, beta and gamma/beta = 0.1: its Mistral-Instruct run).
+    Source: arXiv 2501.03884 (alpha and beta of its Mistral-Instruct run, gamma/beta = 0.1 as in SimPO's).
     """
     p_w, p_l = _mean(pairs)
     return -logsigmoid(beta * (power_log(p_w, alpha) - power_log(p_l, alpha)) - gamma)
