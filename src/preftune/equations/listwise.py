@@ -58,11 +58,12 @@ def plackett_luce(lists: ListLogps, *, beta: Positive = 0.1) -> Tensor:
     pairs. Here a larger tie than can be summed is a ValueError.
     Source: arXiv 2305.18290 Eq. 20 (Appendix A.3); beta as for pairs.
     """
-    s_GK, worse_GK = _strengths(lists, beta)
-    values_G = torch.where(_alone(lists.rank), -logsigmoid(s_GK - worse_GK), 0).sum(-1)
-    for group, members in tied_blocks(lists.rank):
-        block = log_first(s_GK[group[:, None], members], worse_GK[group, members[:, 0]])
-        values_G = values_G.index_add(0, group, -block.to(values_G))
+    s_GK, rank = _scaled(lists, beta), lists.rank
+    chosen_GK = _left(s_GK, rank).log_softmax(-1).diagonal(dim1=1, dim2=2)
+    values_G = -torch.where(_alone(rank), chosen_GK, 0).sum(-1)
+    for group, members in tied_blocks(rank):
+        block = log_first(s_GK[group], members, _below(rank[group], members))
+        values_G = values_G.index_add(0, group, -block)
     return values_G
 
 
@@ -71,27 +72,23 @@ def plackett_luce_weights(lists: ListLogps, *, beta: Positive = 0.1) -> Tensor:
 
     Each draw pulls what it drew and pushes what it left behind, by its share of their strength.
     """
-    s_GK, worse_GK = _strengths(lists, beta)
-    pull_GK = torch.where(_alone(lists.rank), torch.sigmoid(worse_GK - s_GK), 0)
-    push_GK = pull_GK.clone()
-    for group, members in tied_blocks(lists.rank):
-        by_s, by_worse = log_first_gradient(s_GK[group[:, None], members], worse_GK[group, members[:, 0]])
-        pull_GK[group[:, None], members] = by_s.to(pull_GK)
-        push_GK[group, members[:, 0]] = -by_worse.to(pull_GK)
-    share_GKK = (s_GK[:, None, :] - worse_GK[:, :, None]).masked_fill(~_below(lists.rank), -torch.inf).exp()
-    return beta * (pull_GK - (push_GK[:, :, None] * share_GKK).sum(1))
+    s_GK, rank = _scaled(lists, beta), lists.rank
+    drawn_GKK = torch.where(_alone(rank)[:, :, None], _left(s_GK, rank).softmax(-1), 0)
+    weights_GK = _alone(rank).to(s_GK) - drawn_GKK.sum(1)
+    for group, members in tied_blocks(rank):
+        block = log_first_gradient(s_GK[group], members, _below(rank[group], members))
+        weights_GK = weights_GK.index_add(0, group, block)
+    return beta * weights_GK
 
 
-def _strengths(lists: ListLogps, beta: float) -> tuple[Tensor, Tensor]:
-    """s [G, K], and the log of the total e^s of all responses ranked worse; next to nothing where there is none."""
-    s_GK = _scaled(lists, beta)
-    none = torch.finfo(s_GK.dtype).min / 2  # finite: an infinity would be a NaN in the backward pass
-    return s_GK, s_GK[:, None, :].masked_fill(~_below(lists.rank), none).logsumexp(-1)
+def _left(s_GK: Tensor, rank: Tensor) -> Tensor:
+    """[G, K, K] s_j of those that y_i was drawn from, those not ranked better; -inf elsewhere."""
+    return s_GK[:, None, :].masked_fill(rank[:, None, :] < rank[:, :, None], -torch.inf)
 
 
-def _below(rank: Tensor) -> Tensor:
-    """[G, K, K] whether j is ranked worse than i, both present."""
-    return (rank[:, None, :] > rank[:, :, None]) & (rank[:, :, None] > 0)
+def _below(rank: Tensor, members: Tensor) -> Tensor:
+    """[B, K] whether a response is ranked worse than the block `members` [B, m] of its ranking."""
+    return rank > rank.gather(1, members[:, :1])
 
 
 def _alone(rank: Tensor) -> Tensor:

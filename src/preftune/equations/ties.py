@@ -1,9 +1,9 @@
 """log P(the tied responses come first), in whatever order: what a ranking with ties says under Plackett-Luce.
 
 A block of m responses of strengths e^s is drawn without replacement from among itself and the responses ranked
-worse, whose total strength is e^worse. Ties leave the order inside the block open, so its m! orders are summed:
+worse, whose total strength is e^rest. Ties leave the order inside the block open, so its m! orders are summed:
 
-    P(block) = sum over orders o of prod_t e^s(o_t) / Z({o_t, .., o_m}),      Z(U) = e^worse + sum over U of e^s
+    P(block) = sum over orders o of prod_t e^s(o_t) / Z({o_t, .., o_m}),      Z(U) = e^rest + sum over U of e^s
              = prod e^s * H(block),      H(U) = sum over i in U of H(U - i) / Z(U),      H({}) = 1
 
 which takes 2^m subsets instead of m! orders. Everything is in logarithms and, being tiny, in float64 on the host:
@@ -45,39 +45,49 @@ def tied_blocks(rank: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield group, together[group, leader].nonzero()[:, 1].reshape(-1, m)
 
 
-def log_first(s: Tensor, worse: Tensor) -> Tensor:
-    """log P(block) [B] float64 on the host, nats, differentiable. s: [B, m], worse: [B], finite."""
-    s, worse = s.to("cpu", torch.float64), worse.to("cpu", torch.float64)
-    log_h, _ = _subsets(s, worse)
-    return s.sum(-1) + log_h[-1][:, 0]
+def log_first(s: Tensor, members: Tensor, worse: Tensor) -> Tensor:
+    """log P(block) [B], nats, differentiable.
+
+    s: [B, K] strengths, logarithms; members: [B, m] positions of the block; worse: [B, K] bool, never nothing.
+    """
+    block, rest, _ = _taken(s, members, worse)
+    log_h, _ = _subsets(block, rest)
+    return (block.sum(-1) + log_h[-1][:, 0]).to(s.dtype).to(s.device)
 
 
-def log_first_gradient(s: Tensor, worse: Tensor) -> tuple[Tensor, Tensor]:
-    """d log P(block) / ds [B, m] and / dworse [B]: 1 - sum softmax and - sum softmax, averaged over the orders.
+def log_first_gradient(s: Tensor, members: Tensor, worse: Tensor) -> Tensor:
+    """d log P(block) / ds [B, K]: 1 in the block, less the chance of each response in every draw, averaged over orders.
 
     The orders are weighted by their probability given that the block came first: from the whole block down, the
     chance to be at U moves on to U - i in proportion to H(U - i).
     """
-    s, worse = s.to("cpu", torch.float64), worse.to("cpu", torch.float64)
-    log_h, log_z = _subsets(s, worse)
-    by_s, by_worse = torch.ones_like(s), torch.zeros_like(worse)
-    here = torch.ones_like(worse)[:, None]
-    for size in range(s.shape[-1], 0, -1):
-        members, smaller = _layer(s.shape[-1], size)
-        drawn = torch.exp(s[:, members] - log_z[size][..., None])
-        by_s = by_s.index_add(1, members.flatten(), -(here[..., None] * drawn).flatten(1))
-        by_worse = by_worse - (here * torch.exp(worse[:, None] - log_z[size])).sum(-1)
+    block, rest, share = _taken(s, members, worse)
+    log_h, log_z = _subsets(block, rest)
+    by_block, by_rest = torch.ones_like(block), torch.zeros_like(rest)
+    here = torch.ones_like(rest)[:, None]
+    for size in range(block.shape[-1], 0, -1):
+        subset, smaller = _layer(block.shape[-1], size)
+        drawn = torch.exp(block[:, subset] - log_z[size][..., None])
+        by_block = by_block.index_add(1, subset.flatten(), -(here[..., None] * drawn).flatten(1))
+        by_rest = by_rest - (here * torch.exp(rest[:, None] - log_z[size])).sum(-1)
         moved = here[..., None] * log_h[size - 1][:, smaller].softmax(-1)
         here = torch.zeros_like(log_h[size - 1]).index_add(1, smaller.flatten(), moved.flatten(1))
-    return by_s, by_worse
+    return (by_rest[:, None] * share).scatter(1, members.cpu(), by_block).to(s.dtype).to(s.device)
 
 
-def _subsets(s: Tensor, worse: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _taken(s: Tensor, members: Tensor, worse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s of the block [B, m], log of the total strength of what is worse [B], and shares in it [B, K]."""
+    wide = s.cpu().double()
+    below = wide.masked_fill(~worse.cpu(), -torch.inf)
+    return wide.gather(1, members.cpu()), below.logsumexp(-1), below.softmax(-1)
+
+
+def _subsets(s: Tensor, rest: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """(log H, log Z) of all subsets, by size 0 to m: [B, (m choose size)] each."""
-    log_h, log_z = [torch.zeros_like(worse)[:, None]], [worse[:, None]]
+    log_h, log_z = [torch.zeros_like(rest)[:, None]], [rest[:, None]]
     for size in range(1, s.shape[-1] + 1):
-        members, smaller = _layer(s.shape[-1], size)
-        log_z.append(torch.logaddexp(worse[:, None], s[:, members].logsumexp(-1)))
+        subset, smaller = _layer(s.shape[-1], size)
+        log_z.append(torch.logaddexp(rest[:, None], s[:, subset].logsumexp(-1)))
         log_h.append(log_h[-1][:, smaller].logsumexp(-1) - log_z[-1])
     return log_h, log_z
 
