@@ -7,6 +7,7 @@ import rows_core
 import rows_divergences
 import rows_reference_free
 import rows_shaped
+import rows_token_level
 from loss_contract import Row
 
 ROWS: dict[str, Row] = {
@@ -14,5 +15,6 @@ ROWS: dict[str, Row] = {
     **rows_anchored.ROWS,
     **rows_shaped.ROWS,
     **rows_divergences.ROWS,
+    **rows_token_level.ROWS,
     **rows_reference_free.ROWS,
 }

@@ -5,7 +5,16 @@
 
 from __future__ import annotations
 
-from preftune.equations import anchored, divergences, length_normalised, listwise, pairwise, reference_free, shaped
+from preftune.equations import (
+    anchored,
+    divergences,
+    length_normalised,
+    listwise,
+    pairwise,
+    reference_free,
+    shaped,
+    token_level,
+)
 from preftune.equations.contract import BoundLoss, Loss
 
 __all__ = ["LOSSES", "BoundLoss", "Loss"]
@@ -18,6 +27,7 @@ LOSSES: dict[str, Loss] = {
         anchored,
         divergences,
         length_normalised,
+        token_level,
         reference_free,
         listwise,
     )
