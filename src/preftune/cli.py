@@ -27,6 +27,7 @@ __all__ = ["STAGES", "main", "parse"]
 
 STAGES: Mapping[str, str] = {
     "quickstart": "the whole loop on the embedded world of film reviews; ends with report.html",
+    "explain": "from the objective to the DPO loss, every line executed: a page with figures, or --text",
     "inspect": "examine a data set as training would see it: counts, lengths, refused rows, decoded examples",
     "sft": "supervised fine-tuning on responses, or on the chosen side of pairs",
     "dpo": "Direct Preference Optimization on preference pairs",

@@ -13,6 +13,7 @@ TRAINING = (
 )
 OPTIONS = {
     "quickstart": "out fast seed",
+    "explain": "out text",
     "inspect": f"{READING} pairs kind examples",
     "sft": TRAINING,
     "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma reference",

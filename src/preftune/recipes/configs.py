@@ -23,6 +23,7 @@ __all__ = [
     "CONFIGS",
     "LOSS_FACTS",
     "DpoConfig",
+    "ExplainConfig",
     "Folder",
     "InspectConfig",
     "LossFacts",
@@ -269,8 +270,18 @@ class QuickstartConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32, description="of the world, the samples, the labels and the training")
 
 
+class ExplainConfig(Settings):
+    """The derivation of the loss, executed and drawn."""
+
+    out: str | None = Field(
+        None, min_length=1, description="folder of index.html and figures/; none: runs/explain, or no page with --text"
+    )
+    text: bool = Field(False, description="print every number on the terminal")
+
+
 CONFIGS: Mapping[str, type[Settings]] = {
     "quickstart": QuickstartConfig,
+    "explain": ExplainConfig,
     "inspect": InspectConfig,
     "sft": SftConfig,
     "dpo": DpoConfig,

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["Curve", "Panel", "curves", "histogram"]
+__all__ = ["STYLE", "VARIABLES", "Curve", "Panel", "curves", "histogram", "svg"]
 
 # Stand-in colour -> CSS variable: nothing else may use these colours.
 VARIABLES = {
@@ -103,7 +103,7 @@ def curves(name: str, panels: Sequence[Panel], *, columns: int = 2) -> str:
                 axes.set_xlabel("optimizer step")
             if len(panel.curves) + len(panel.lines) > 1:
                 axes.legend(fontsize=8, handlelength=1.4, borderaxespad=0.2)
-        return _svg(figure, name, f"Curves over optimizer steps: {', '.join(panel.title for panel in panels)}")
+        return svg(figure, name, f"Curves over optimizer steps: {', '.join(panel.title for panel in panels)}")
 
 
 def histogram(
@@ -123,7 +123,7 @@ def histogram(
         axes.set_xlabel(label)
         axes.set_ylabel(share_label)
         axes.legend(fontsize=8.5, ncols=2 * len(samples), loc="lower left", bbox_to_anchor=(-0.01, 1.0))
-        return _svg(figure, name, f"Histogram of {label}: {' and '.join(samples)}")
+        return svg(figure, name, f"Histogram of {label}: {' and '.join(samples)}")
 
 
 def _draw(axes: Axes, curve: Curve) -> None:
@@ -138,7 +138,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
         axes.fill_between(curve.steps, *curve.band, color=colour, alpha=0.18, linewidth=0)
 
 
-def _svg(figure: Figure, name: str, description: str) -> str:
+def svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an `<svg>` element for an HTML page: no prolog, no metadata, ids of its own, the page's colours."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer)

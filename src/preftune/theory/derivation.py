@@ -103,34 +103,34 @@ def steps_of(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Problem, 
     first = Problem("max", lambda p: objective(p, ref_logps, rewards, beta))
     return first, (
         Step(
-            "times -1: max becomes min", "min  beta KL(pi || pi_ref) - E r", negate,
+            "times -1: max becomes min", "min beta KL(pi || pi_ref) - E r", negate,
             lambda p: beta * kl_divergence(p, ref_logps) - expected_reward(p, rewards),
         ),
         Step(
-            "times 1/beta", "min  KL(pi || pi_ref) - E r/beta", scale(1 / beta),
+            "times `1/beta`", "min KL(pi || pi_ref) - E r/beta", scale(1 / beta),
             lambda p: kl_divergence(p, ref_logps) - expected_reward(p, rewards / beta),
         ),
         Step(
-            "one expectation", "min  E [log(pi / pi_ref) - r/beta]", same,
+            "one expectation", "min E [log(pi / pi_ref) - r/beta]", same,
             lambda p: mean(p, p - ref_logps - rewards / beta),
         ),
         Step(
-            "the reward as a logarithm", "min  E [log(pi / pi_ref) - log exp(r/beta)]", same,
+            "the reward as a logarithm", "min E [log(pi / pi_ref) - log exp(r/beta)]", same,
             lambda p: mean(p, (p.exp() / ref).log() - tilt.log()),
         ),
         Step(
-            "one logarithm", "min  E log(pi / (pi_ref exp(r/beta)))", same,
+            "one logarithm", "min E log(pi / (pi_ref exp(r/beta)))", same,
             lambda p: mean(p, (p.exp() / (ref * tilt)).log()),
         ),
         Step(
-            "add and subtract log Z", "min  E [log(pi / (pi_ref exp(r/beta) / Z)) - log Z]", same,
+            "add and subtract `log Z`", "min E [log(pi / (pi_ref exp(r/beta) / Z)) - log Z]", same,
             lambda p: mean(p, (p.exp() / (ref * tilt / (ref * tilt).sum())).log() - (ref * tilt).sum().log()),
         ),
         Step(
-            "the denominator is a policy, pi_r", "min  KL(pi || pi_r) - log Z", same,
+            "the denominator is a policy, `pi_r`", "min KL(pi || pi_r) - log Z", same,
             lambda p: kl_divergence(p, pi_r) - log_z,
         ),
-        Step("drop the constant -log Z", "min  KL(pi || pi_r)", shift(log_z), lambda p: kl_divergence(p, pi_r)),
+        Step("drop the constant `-log Z`", "min KL(pi || pi_r)", shift(log_z), lambda p: kl_divergence(p, pi_r)),
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def follow(first: Problem, steps: Sequence[Step], ref_logps: Tensor, *, seed: in
     random = torch.randn(64, len(ref_logps), generator=generator, dtype=torch.float64)
     probes = [ref_logps, *torch.log_softmax(2 * random, -1)]
     start = optimum(first, len(ref_logps))
-    lines = [_line("the objective", "max  E r - beta KL(pi || pi_ref)", first, ref_logps, start, 0.0, 0.0)]
+    lines = [_line("the objective", "max E r - beta KL(pi || pi_ref)", first, ref_logps, start, 0.0, 0.0)]
     problem = first
     for step in steps:
         claimed = step.transform(problem)
@@ -179,8 +179,7 @@ def optimum(problem: Problem, k: int, *, max_steps: int = 200) -> Tensor:
     kkt = torch.zeros(k + 1, k + 1, dtype=torch.float64)
     kkt[:k, k] = kkt[k, :k] = 1.0
     for _ in range(max_steps):
-        slope = torch.func.grad(value)(pi)
-        kkt[:k, :k] = torch.func.hessian(value)(pi)
+        slope, kkt[:k, :k] = _derivatives(value, pi)
         step = torch.linalg.solve(kkt, torch.cat([-slope, slope.new_zeros(1)]))[:k]
         if float(step @ kkt[:k, :k] @ step) < 0:
             raise RunError(f"no {problem.sense}imum inside the simplex: the problem curves the wrong way")
@@ -192,6 +191,14 @@ def optimum(problem: Problem, k: int, *, max_steps: int = 200) -> Tensor:
         if size == 1.0 and float((step / pi).abs().max()) < 1e-10:
             return pi.log()
     raise RunError(f"no {problem.sense}imum inside the simplex after {max_steps} steps of Newton's method")
+
+
+def _derivatives(value: Value, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient [k] and Hessian [k, k] by differentiating twice."""
+    at = at.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(value(at), at, create_graph=True)
+    rows = [torch.autograd.grad(entry, at, retain_graph=True)[0] for entry in slope]
+    return slope.detach(), torch.stack(rows)
 
 
 def _line(

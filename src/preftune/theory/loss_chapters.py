@@ -67,7 +67,7 @@ def preferences() -> Chapter:
             number("ranking_of_two", abs(two), "Plackett-Luce against Bradley-Terry for two responses, difference"),
         ),
         (table("ranks", ("response", "score", "rank"), ranks), table("rankings", ("ranking", "probability"), orders)),
-        {"rankings": tuple(p for (p,) in orders.values())},
+        {f"ranking: {order}": probability for order, probability in orders.items()},
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def reward() -> Chapter:
     log_z = log_partition(REF_LOGPS, REWARDS, BETA)
     bare, full = implied_reward(pi_r, REF_LOGPS, BETA), implied_reward(pi_r, REF_LOGPS, BETA, log_z)
     no_log = BETA * (pi_r - REF_LOGPS).exp() + BETA * log_z
-    columns = ("response", "reward", "beta log(pi_r/pi_ref)", "+ beta log Z", "without the log")
+    columns = ("response", "reward", "`beta log(pi_r/pi_ref)`", "`+ beta log Z`", "without the log")
     stacked = torch.stack([REWARDS, bare, full, no_log], -1).round(decimals=12).tolist()
     rows = {name: tuple(values) for name, values in zip(RESPONSES, stacked, strict=True)}
     return Chapter(
@@ -139,14 +139,14 @@ def cancellation() -> Chapter:
     rows = {f"{constant:g}": row(constant) for constant in (0.0, 7.0, -100.0)}
     losses = [values[1] for values in rows.values()]
     return Chapter(
-        "cancellation", "log Z cancels", "r_w - r_l = beta log(pi/pi_ref)(y_w) - beta log(pi/pi_ref)(y_l)",
+        "cancellation", "`log Z` cancels", "r_w - r_l = beta log(pi/pi_ref)(y_w) - beta log(pi/pi_ref)(y_l)",
         (
             number("cancel_loss", losses[0], "DPO loss of pi_r on ('reward function', 'cats'), nats"),
             number("cancel_cost", rows["0"][2], "Bradley-Terry cost of the rewards themselves, nats"),
             number("cancel_spread", max(losses) - min(losses), "spread of the DPO loss over all c(x)"),
             number("log_z_moved", rows["7"][0] - rows["0"][0], "log Z moves by c/beta for c = 7"),
         ),
-        (table("shifted", ("c(x)", "log Z", "DPO loss", "Bradley-Terry cost", "pi_r moves by (TV)"), rows),),
+        (table("shifted", ("`c(x)`", "`log Z`", "DPO loss", "Bradley-Terry cost", "`pi_r` moves by (TV)"), rows),),
     )  # fmt: skip
 
 
@@ -154,13 +154,11 @@ def loss_against_u() -> Chapter:
     """L(u) = log(1 + u^-beta), below and above u = 1, for several beta."""
     betas, us = (0.1, 0.5, 1.0, 2.0), (0.01, 0.1, 0.5, 1.0, 2.0, 10.0, 100.0)
     rows = {f"{u:g}": tuple(float(loss_of_u(_f64(u), beta)) for beta in betas) for u in us}
-    below, above = [(1 + i) / 100 for i in range(100)], [1 + 9 * i / 99 for i in range(100)]
+    sides = {"below": [(1 + i) / 100 for i in range(100)], "above": [1 + 9 * i / 99 for i in range(100)]}
     ratio = _f64(math.log(0.1)), _f64(0.0)
-    series = {
-        f"u.{side}.{b:g}": tuple(loss_of_u(_f64(*u), b).tolist()) for b in betas for side, u in _sides(below, above)
-    }
+    series = {f"u.{side}.{b:g}": tuple(loss_of_u(_f64(*u), b).tolist()) for b in betas for side, u in sides.items()}
     return Chapter(
-        "u", "The loss against u", "L = -log s(beta log u) = log(1 + u^-beta)",
+        "u", "The loss against `u`", "L = -log s(beta log u) = log(1 + u^-beta)",
         (
             number("loss_u_1", float(loss_of_u(_f64(1.0), 1.0)), "L(1) = ln 2 for every beta"),
             number("loss_u_0.1", float(loss_of_u(_f64(0.1), 1.0)), "L(0.1), beta = 1"),
@@ -171,13 +169,9 @@ def loss_against_u() -> Chapter:
                 "L(0.1) against the library's DPO loss, difference",
             ),
         ),
-        (table("loss_u", ("u", *(f"beta {b:g}" for b in betas)), rows, 4),),
-        {"u.below": tuple(below), "u.above": tuple(above), **series},
+        (table("loss_u", ("`u`", *(f"`beta = {b:g}`" for b in betas)), rows, 4),),
+        {**{f"u.{name}": tuple(u) for name, u in sides.items()}, "u.ln2": (math.log(2),), **series},
     )  # fmt: skip
-
-
-def _sides(below: list[float], above: list[float]) -> tuple[tuple[str, list[float]], ...]:
-    return ("below", below), ("above", above)
 
 
 def gradient() -> Chapter:
@@ -197,7 +191,7 @@ def gradient() -> Chapter:
     (slope,) = torch.autograd.grad(dpo(_pairs(log_u, torch.zeros_like(log_u)), beta=beta).sum(), log_u)
     drawn = [-8 + i / 5 for i in range(81)]
     small = float(dpo(_pairs(_f64(5.0), _f64(0.0)), beta=1e-3))
-    columns = ("r_w - r_l", "beta s(r_l - r_w)", "by autograd", "appendix: beta s(r_w - r_l)")
+    columns = ("`r_w - r_l`", "`beta sigma(r_l - r_w)`", "by autograd", "appendix: `beta sigma(r_w - r_l)`")
     return Chapter(
         "gradient", "The gradient", "-grad L = beta s(r_l - r_w) [grad log pi(y_w|x) - grad log pi(y_l|x)]",
         (
@@ -231,7 +225,7 @@ def constant_reference() -> Chapter:
         shift = uniform_token_shift(VOCABULARY, n_w, n_l)
         return shift, float(dpo(uniform, beta=1.0)), float(dpo(equal, beta=1.0))
 
-    columns = ("n_w - n_l", "shift of log u, nats", "loss, uniform over tokens", "loss, uniform over responses")
+    columns = ("`n_w - n_l`", "shift of `log u`, nats", "loss, uniform over tokens", "loss, uniform over responses")
     rows = {f"{extra:+d}" if extra else "0": losses(extra) for extra in longer}
     return Chapter(
         "constant", "What 'a constant reference' needs", "C = V^-n cancels only where n_w = n_l",

@@ -1,5 +1,6 @@
 """What the executed derivation hands on: named numbers, tables of them, and what figures draw; plain, no tensors.
 
+Titles, columns and labels may hold formulas between backticks; `plain` takes the backticks away for a terminal.
 `to_json` of a `Lesson` is the file the page is made from, so every number on the page can be found there by its name.
 """
 
@@ -9,8 +10,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-__all__ = ["Chapter", "Lesson", "Number", "Table", "number", "table", "to_json"]
+__all__ = ["Chapter", "Lesson", "Number", "Table", "number", "plain", "table", "to_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +71,21 @@ def number(name: str, value: int | float | str, meaning: str, digits: int = 5) -
     return Number(name, meaning, value, value if isinstance(value, str) else _shown(value, digits))
 
 
-def table(name: str, columns: tuple[str, ...], rows: Mapping[str, tuple[int | float, ...]], digits: int = 5) -> Table:
-    """label -> values as a table of numbers, each named `table.label.column`; `columns` names the labels first."""
-    return Table(
-        name,
-        columns,
-        tuple(
-            (
-                label,
-                *(
-                    number(f"{name}.{label}.{column}", value, f"{columns[0]} {label}: {column}", digits)
-                    for column, value in zip(columns[1:], values, strict=True)
-                ),
-            )
-            for label, values in rows.items()
-        ),
-    )
+def table(name: str, columns: tuple[str, ...], rows: Mapping[str, tuple[Any, ...]], digits: int = 5) -> Table:
+    """label -> values, as numbers named `table.label.column`; text stays text; `columns` starts with the labels'."""
+
+    def cell(label: str, column: str, value: Any) -> str | Number:
+        if isinstance(value, str):
+            return value
+        return number(plain(f"{name}.{label}.{column}"), value, plain(f"{columns[0]} {label}: {column}"), digits)
+
+    cells = {label: zip(columns[1:], values, strict=True) for label, values in rows.items()}
+    return Table(name, columns, tuple((label, *(cell(label, *at) for at in cells[label])) for label in rows))
+
+
+def plain(text: str) -> str:
+    """The text without the marks of its formulas."""
+    return text.replace("`", "")
 
 
 def to_json(lesson: Lesson) -> str:

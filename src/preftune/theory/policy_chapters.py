@@ -88,11 +88,12 @@ def objective_and_steps() -> tuple[Chapter, Chapter]:
                 "grad J against E[r grad log pi] alone, largest difference",
             ),
         ),
-        (table("example", ("response", "pi_ref", "reward", "pi_r"), dict(zip(RESPONSES, shares, strict=True))),),
+        (table("example", ("response", "`pi_ref`", "reward", "`pi_r`"), dict(zip(RESPONSES, shares, strict=True))),),
         {
             "simplex.b": tuple(points[:, 1].tolist()), "simplex.c": tuple(points[:, 2].tolist()),
             "simplex.j": tuple(objective(points.log(), REF_LOGPS, REWARDS, BETA).tolist()),
             "path.b": tuple(path.exp()[:, 1].tolist()), "path.c": tuple(path.exp()[:, 2].tolist()),
+            **{f"mark.{x}": (float(REF_LOGPS.exp()[i]), float(pi_r.exp()[i])) for x, i in (("b", 1), ("c", 2))},
         },
     )  # fmt: skip
     return aim, _steps()
@@ -100,8 +101,11 @@ def objective_and_steps() -> tuple[Chapter, Chapter]:
 
 def _steps() -> Chapter:
     lines = derive(REF_LOGPS, REWARDS, BETA)
-    columns = ("line", "at pi_ref", "at its solution", "solution moved by (TV)")
-    rows = {f"{i}. {line.name}": (line.at_reference, line.at_optimum, line.moved) for i, line in enumerate(lines, 1)}
+    columns = ("line", "formula", "at `pi_ref`", "at its solution", "solution moved by (TV)")
+    rows = {
+        f"{i}. {line.name}": (line.formula, line.at_reference, line.at_optimum, line.moved)
+        for i, line in enumerate(lines, start=1)
+    }
     return Chapter(
         "steps", "Nine lines, one solution", "max E r - beta KL(pi || pi_ref)  =  min KL(pi || pi_r)",
         (
@@ -121,7 +125,7 @@ def optimal() -> Chapter:
     """pi_r in closed form, and the identity that makes it the maximum."""
     pi_r = optimal_policy(REF_LOGPS, REWARDS, BETA)
     log_z = float(log_partition(REF_LOGPS, REWARDS, BETA))
-    policies = {"the reference": REF_LOGPS, "uniform": UNIFORM, "always the best": BEST, "pi_r": pi_r}
+    policies = {"the reference": REF_LOGPS, "uniform": UNIFORM, "always the best": BEST, "`pi_r`": pi_r}
 
     def row(logps: Tensor) -> tuple[float, ...]:
         to_ref, to_r = (float(kl_divergence(logps, other)) for other in (REF_LOGPS, pi_r))
@@ -129,7 +133,7 @@ def optimal() -> Chapter:
         return float(expected_reward(logps, REWARDS)), to_ref, j, to_r, BETA * log_z - BETA * to_r
 
     rows = {name: row(logps) for name, logps in policies.items()}
-    columns = ("policy", "E r", "KL(pi || pi_ref)", "J", "KL(pi || pi_r)", "beta log Z - beta KL(pi || pi_r)")
+    columns = ("policy", "`E r`", "`KL(pi || pi_ref)`", "`J`", "`KL(pi || pi_r)`", "`beta log Z - beta KL(pi || pi_r)`")
     return Chapter(
         "optimum", "The solution", "pi_r(y|x) = pi_ref(y|x) exp(r(x, y)/beta) / Z(x),  J(pi) = beta log Z - beta KL",
         (
@@ -137,8 +141,8 @@ def optimal() -> Chapter:
             number("log_z", log_z, "log Z, nats"),
             number("beta_log_z", BETA * log_z, "beta log Z, the largest J"),
             number("identity_error", max(abs(r[2] - r[4]) for r in rows.values()), "largest error of the identity"),
-            number("kl_to_reference", rows["pi_r"][1], "KL(pi_r || pi_ref) at the solution, nats: not minimised"),
-            number("kl_to_optimum", rows["pi_r"][3], "KL(pi_r || pi_r) at the solution, nats: minimised"),
+            number("kl_to_reference", rows["`pi_r`"][1], "KL(pi_r || pi_ref) at the solution, nats: not minimised"),
+            number("kl_to_optimum", rows["`pi_r`"][3], "KL(pi_r || pi_r) at the solution, nats: minimised"),
         ),
         (table("identity", columns, rows),),
     )  # fmt: skip
@@ -151,7 +155,11 @@ def divergence() -> Chapter:
     drawn = torch.multinomial(pi_r.exp(), 10_000, replacement=True, generator=generator)
     sampled = mean_interval(k1((pi_r - REF_LOGPS)[drawn]).numpy())
     slide = {f"{mean:g}": (float(gaussian_kl(0, 1, mean, 1)),) for mean in (-4, -3, -2, -1, 0)}
-    means = [-4 + i / 10 for i in range(61)]
+    means, y = [-4 + i / 10 for i in range(51)], [-7 + i / 10 for i in range(111)]
+    densities = {
+        f"density.{mean:g}": tuple(math.exp(-((v - mean) ** 2) / 2) / math.sqrt(2 * math.pi) for v in y)
+        for mean in range(-4, 1)
+    }
     return Chapter(
         "kl", "What a nat is", "KL(q || p) = E_{y~q} log(q(y)/p(y)) >= 0, and 0 only where q = p",
         (
@@ -164,54 +172,55 @@ def divergence() -> Chapter:
             number("kl_sampled_high", sampled.high, "upper end of its 95 % interval", 4),
         ),
         (table("slide", ("mean of the other", "KL, nats"), slide),),
-        {"slide.mean": tuple(means), "slide.kl": tuple(gaussian_kl(0, 1, torch.tensor(means), 1).tolist())},
+        {
+            "slide.mean": tuple(means), "slide.kl": tuple(gaussian_kl(0, 1, torch.tensor(means).double(), 1).tolist()),
+            "density.y": tuple(y), **densities,
+        },
     )  # fmt: skip
 
 
 def this_is_a() -> Chapter:
     """'this is a' -> 'cats' .8, 'reward function' .1: what is missing from the example, and beta swept."""
-    gap = 10.0
-    readings = {"third outcome": torch.tensor([0.8, 0.1, 0.1]), "renormalised": torch.tensor([0.8, 0.1]) / 0.9}
-    refs = {name: probs.double().log() for name, probs in readings.items()}
-    refs = {name: torch.log_softmax(ref, -1) for name, ref in refs.items()}
-    rewards = {name: torch.tensor([0.0, gap, 0.0], dtype=torch.float64)[: len(ref)] for name, ref in refs.items()}
+    cats, function = 0.8, 0.1
+    both, gap, names = cats + function, 10.0, ("renormalised", "third outcome")
+    refs = dict(zip(names, (_f64(cats, function) / both, _f64(cats, function, 1 - both)), strict=True))
+    refs = {name: probs.log() for name, probs in refs.items()}
 
     def share(name: str, beta: float) -> float:
-        return float(optimal_policy(refs[name], rewards[name], beta).exp()[1])
+        rewards = _f64(0.0, gap, 0.0)[: len(refs[name])]
+        return float(optimal_policy(refs[name], rewards, beta).exp()[1])
 
-    names, betas = ("renormalised", "third outcome"), _betas(0.5, 100)
-    columns = ("beta", *names, "E r", "KL(pi_r || pi_ref)")
-    edge = frontier(refs[names[0]], rewards[names[0]], [*betas, 2 - 1e-4, 2 + 1e-4])
+    swept, betas, near = (0.5, 1.0, 2.0, 5.0, 100.0), _betas(0.5, 100), 1e-4
+    edge = frontier(refs[names[0]], _f64(0.0, gap), [*swept, *betas, 2 - near, 2 + near])
     slope = float((edge.reward[-2] - edge.reward[-1]) / (edge.kl[-2] - edge.kl[-1]))
-    swept = (0.5, 1.0, 2.0, 5.0, 100.0)
-    at = frontier(refs[names[0]], rewards[names[0]], swept)
+    columns = ("`beta`", *names, "`E r`", "`KL(pi_r || pi_ref)`")
     rows = {
-        f"{beta:g}": (*(share(name, beta) for name in names), float(at.reward[i]), float(at.kl[i]))
+        f"{beta:g}": (*(share(name, beta) for name in names), float(edge.reward[i]), float(edge.kl[i]))
         for i, beta in enumerate(swept)
     }
     gaps = [
-        number(
-            f"gap_{level}_{name.split()[0]}",
-            reward_gap(level / 100, p, 1.0),
-            f"reward gap for {level} %, {name}, beta 1",
-        )
-        for name, p in zip(names, (1 / 9, 0.1), strict=True)
+        number(f"gap_{level}_{outcomes}", reward_gap(level / 100, p, 1.0), f"reward gap for {level} %, {name}, beta 1")
+        for outcomes, name, p in zip(("two", "three"), names, (function / both, function), strict=True)
         for level in (95, 99)
     ]
+    along = slice(len(swept), -2)
     return Chapter(
-        "this-is-a", "beta, on one example", "'this is a' -> 'cats' 0.8, 'reward function' 0.1: what reward moves it?",
+        "this-is-a", "What `beta` does, on one example", "'this is a' -> 'cats' or 'reward function': what moves it?",
         (
+            number("share_cats", cats, "probability of 'cats' under the reference"),
+            number("share_function", function, "probability of 'reward function' under the reference"),
+            number("share_both", both, "both together"),
             *gaps,
             number("gap", gap, "reward gap used below"),
-            number("crossover_per_nat", 1 / crossover_beta(1.0, 8.0), "log 8: crossover beta = gap / this"),
-            number("crossover", crossover_beta(gap, 8.0), "beta at which both are equally likely, that gap"),
+            number("crossover_per_nat", math.log(cats / function), "log 8: crossover beta = gap / this"),
+            number("crossover", crossover_beta(gap, cats / function), "beta where both are equally likely"),
             number("frontier_slope", slope, "dE r / dKL along the curve at beta = 2"),
         ),
         (table("sweep", columns, rows),),
         {
             "beta": tuple(betas),
             **{f"sweep.{name}": tuple(share(name, beta) for beta in betas) for name in names},
-            "sweep.reward": tuple(edge.reward[:-2].tolist()), "sweep.kl": tuple(edge.kl[:-2].tolist()),
+            "sweep.reward": tuple(edge.reward[along].tolist()), "sweep.kl": tuple(edge.kl[along].tolist()),
         },
     )  # fmt: skip
 
@@ -250,12 +259,16 @@ def partition() -> Chapter:
                 lambda: brute_force_log_partition(ref_logps, ref_logps, 50_257, 2, BETA),
             ),
         ),
-        (table("terms", ("tokens", "terms V^T", "bytes", "seconds", "years"), rows, 4),),
+        (table("terms", ("tokens", "terms `V^T`", "bytes", "seconds", "years"), rows, 4),),
         {
-            "terms.length": tuple(map(float, lengths)),
-            **{f"terms.{v}": tuple(math.log10(partition_terms(v, n)) for n in lengths) for v in (10, 1_000, 50_257)},
+            "terms.length": tuple(map(float, lengths)), "terms.year": (math.log10(TERMS_PER_SECOND * YEAR),),
+            **{f"terms.{v}": tuple(math.log10(partition_terms(v, n)) for n in lengths) for v in (100, 1_000, 50_257)},
         },
     )  # fmt: skip
+
+
+def _f64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def tv_of_shift(constant: float) -> float:
