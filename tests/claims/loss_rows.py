@@ -8,6 +8,7 @@ import rows_divergences
 import rows_reference_free
 import rows_shaped
 import rows_token_level
+import rows_whole_step
 from loss_contract import Row
 
 ROWS: dict[str, Row] = {
@@ -17,4 +18,5 @@ ROWS: dict[str, Row] = {
     **rows_divergences.ROWS,
     **rows_token_level.ROWS,
     **rows_reference_free.ROWS,
+    **rows_whole_step.ROWS,
 }

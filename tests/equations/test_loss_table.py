@@ -57,6 +57,12 @@ def test_knobs_are_the_losses_own_defaults() -> None:
         "exo_list": {"beta": 0.1, "beta_r": 0.1},
         "infonca": {"beta": 0.01, "alpha": 1.0},
         "nca_list": {"beta": 0.01, "alpha": 1.0},
+        "aot": {"beta": 0.01, "label_smoothing": 0.0},
+        "aot_unpaired": {"beta": 0.01, "label_smoothing": 0.0},
+        "beta_dpo": {"beta": 0.1, "alpha": 0.6, "keep": 0.8},
+        "bco_pair": {"beta": 0.1},
+        "kto": {"beta": 0.1, "desirable": 1.0, "undesirable": 1.0},
+        "bco": {"beta": 0.1},
     }
 
 

@@ -43,7 +43,7 @@ class Loss:
     function: Callable[..., Tensor]
     weights: Callable[..., Weights]
     reward: Callable[..., Tensor]
-    at_start: Callable[..., float] | None
+    at_start: Callable[..., float | None] | None
     """(*, those knobs that it depends on) -> the value at policy == reference; None when it depends on the data."""
     reads: type[PairLogps] | type[ListLogps] | type[LabelledLogps] = PairLogps
     needs: frozenset[Need] = frozenset({"reference"})

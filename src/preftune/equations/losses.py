@@ -14,6 +14,8 @@ from preftune.equations import (
     reference_free,
     shaped,
     token_level,
+    unpaired,
+    whole_step,
 )
 from preftune.equations.contract import BoundLoss, Loss
 
@@ -30,6 +32,8 @@ LOSSES: dict[str, Loss] = {
         token_level,
         reference_free,
         listwise,
+        whole_step,
+        unpaired,
     )
     for loss in family.LOSSES
 }
