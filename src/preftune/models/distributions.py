@@ -50,8 +50,8 @@ def token_divergence(
     """
     chunk = chunk or block_entries(hidden_Cd, sides=2)
     policy = hidden_Cd, weight_Vd, bias, softcap, scale
-    reference = ref_hidden_Cd.detach(), ref_weight_Vd.detach(), None if ref_bias is None else ref_bias.detach()
-    divergence: Tensor = _TokenDivergence.apply(*policy, *reference, ref_softcap, ref_scale, chunk)
+    reference = ref_hidden_Cd, ref_weight_Vd, ref_bias, ref_softcap, ref_scale
+    divergence: Tensor = _TokenDivergence.apply(*policy, *reference, chunk)
     return divergence
 
 
