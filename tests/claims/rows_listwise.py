@@ -137,7 +137,14 @@ ROWS: dict[str, Row] = {
         other={"beta": 0.37, "beta_r": 0.9},
         at_start=None,
         shift=True,
-        limits=(),
+        limits=(
+            PairLimit(
+                {"beta": 0.2, "beta_r": 0.5},
+                "exo",
+                {"beta": 0.2, "label_smoothing": 0.1},
+                scores=(0.5 * log(9), 0.0),  # at the temperature beta_r they say nine to one
+            ),
+        ),
         optimum=tempered_optimum,
         optimum_knobs={"beta": 0.5, "beta_r": 1.5},
     ),
@@ -155,7 +162,7 @@ ROWS: dict[str, Row] = {
         other={"beta": 0.37, "alpha": 0.4},
         at_start=1.3862943611198906,
         shift=False,
-        limits=(),
+        limits=(PairLimit({"beta": 0.2, "alpha": 1e-3}, "nca", {"beta": 0.2}),),
         optimum=nca_optimum,
         optimum_knobs={"beta": 1.0, "alpha": 0.7},
     ),
