@@ -262,7 +262,7 @@ def test_labels_in_a_csv_are_read_from_text(tmp_path: Path) -> None:
         ("a", True, ""), ("b", False, "ann"), ("c", True, ""), ("d", False, "")
     ]  # fmt: skip
     assert [(r.origin, r.field) for r in (minus, empty)] == [(f"{path}:6", "label"), (f"{path}:7", "label")]
-    assert minus.reason.endswith("true, false, 1 or 0 was expected")
+    assert minus.reason.endswith("true or false (1 or 0) was expected")
     shown = list(open_source(path, kind="demonstrations"))
     assert [isinstance(item, Refusal) for item in shown] == [False, True, False, True, False, False]
     assert str(shown[1]) == f"{path}:3: label: is false: an answer marked as bad is no demonstration"

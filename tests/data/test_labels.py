@@ -86,12 +86,13 @@ def test_annotators_who_label_differently_disagree_and_both_count() -> None:
 
 def test_what_truncation_takes_is_counted_by_label() -> None:
     """Only responses above the limit lose tokens; two that are alike once cut contradict each other."""
-    rows = [labelled(" sat on the mat", True), labelled(" sat" * 20, False), labelled(" ran" * 20, False)]
+    long = [labelled(" sat" * 20, False), labelled(" ran" * 20, False), labelled(" cat" * 20, True)]
+    rows = [labelled(" sat on the mat", True), *long]
     prepared = doctor(*rows, max_length=12, truncation="response")
     report = prepared.report
-    assert counts(report) == (3, 1, 0, 2, 0)
-    assert (report.cuts.responses, report.cuts.desirable, report.cuts.undesirable, report.cuts.eos_lost) == (2, 0, 2, 2)
-    assert "cut: 0 prompts, 2 responses (0 desirable, 2 undesirable); 2 responses lost their end mark" in " ".join(
+    assert counts(report) == (4, 1, 0, 3, 0)
+    assert (report.cuts.responses, report.cuts.desirable, report.cuts.undesirable, report.cuts.eos_lost) == (3, 1, 2, 3)
+    assert "cut: 0 prompts, 3 responses (1 desirable, 2 undesirable); 3 responses lost their end mark" in " ".join(
         report.summary_lines()
     )
     assert {len(g.prompt) + len(g.responses[0]) for g in prepared.groups[1:]} == {12}

@@ -175,10 +175,11 @@ class _Books:
 
     def _stated_before(self, record: Row, group: TokenGroup) -> str | None:
         """Where a row with the same content stood; None, and the content noted, for the first of its kind."""
-        says, responses = _claims(group), [_digest(response) for response in group.responses]
+        prompt, responses = _digest(group.prompt), [_digest(response) for response in group.responses]
+        says = [(prompt, better, worse) for better, worse in _claims(group, responses)]
         annotator = "" if isinstance(record, Demonstration) else record.annotator
         stated = frozenset(zip_longest(responses, group.ranks, group.scores))
-        content = (_digest(group.prompt), frozenset(says), stated, group.weight, annotator)
+        content = (prompt, frozenset(says), stated, group.weight, annotator)
         if content in self.stated:
             return self.stated[content]
         self.stated[content] = group.origin
@@ -248,12 +249,11 @@ def _orders(group: TokenGroup) -> list[tuple[int, int]]:
     return sorted(ranked.union(group.pairs))
 
 
-def _claims(group: TokenGroup) -> list[tuple[bytes, bytes, bytes]]:
-    """(prompt, better, worse) of every pair and label: a label says better, or worse, than no response at all."""
-    prompt, responses = _digest(group.prompt), [_digest(response) for response in group.responses]
-    pairs = [(prompt, responses[chosen], responses[rejected]) for chosen, rejected in group.pairs]
+def _claims(group: TokenGroup, responses: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """(better, worse) of every pair and label: a label says better, or worse, than no response at all."""
+    pairs = [(responses[chosen], responses[rejected]) for chosen, rejected in group.pairs]
     labelled = zip(responses, group.labels, strict=False)
-    return pairs + [(prompt, response, b"") if label else (prompt, b"", response) for response, label in labelled]
+    return pairs + [(response, b"") if label else (b"", response) for response, label in labelled]
 
 
 def _scored_backwards(group: TokenGroup) -> bool:

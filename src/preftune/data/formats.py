@@ -248,7 +248,7 @@ def _score_row(row: Row) -> tuple[Prompt, Response]:
 def unpaired(row: Fields) -> LabelledResponse:
     """KTO's: one response, after a prompt or as the end of a conversation, and the label that calls it good or bad."""
     prompt, text = conversation(row) if _is_conversation(row.values) else answer(row)
-    wanted = "true, false, 1 or 0"
+    wanted = "true or false (1 or 0)"
     label, desirable = row.get("label", wanted), row.truth("label")
     if desirable is None:
         raise Flaw("label", f"is {describe(label)}, {wanted} was expected")
