@@ -201,6 +201,6 @@ def test_unlikelihood_overstates_a_majority_and_then_runs_away(alpha: float) -> 
         logp = torch.log_softmax(torch.cat([theta, torch.zeros(1).double()]), 0)
         (share * unlikelihood(pairs(logp, logp.flip(0), one, one), alpha=alpha)).sum().backward()
         optimizer.step()
-    p = float(torch.sigmoid(theta))
+    p = float(torch.sigmoid(theta.detach()))
     net_w, net_l = 2 / 3 - alpha / 3, 1 / 3 - alpha * 2 / 3
     assert p == pytest.approx(net_w / (net_w + net_l) if net_l > 0 else 1.0, abs=1e-9)
