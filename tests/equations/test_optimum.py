@@ -127,7 +127,8 @@ def test_what_the_reference_cannot_write_stays_impossible() -> None:
         for value in (log_partition(ref, r, 1.0), objective(policy, ref, r, 1.0), expected_reward(policy, r)):
             assert value.isfinite()
         close(objective(policy, ref, r, 1.0), log_partition(ref[1:], r[1:], 1.0))
-        close(implied_reward(policy, ref, 1.0, log_partition(ref, r, 1.0))[1:], r[1:])
+        back = implied_reward(policy, ref, 1.0, log_partition(ref, r, 1.0))
+        close(back, torch.cat([log_partition(ref, r, 1.0)[None], r[1:]]))  # the impossible one as if never moved
         assert best_of_n(ref, r, 3)[0] == -math.inf
         close(best_of_n(ref, r, 3)[1:], best_of_n(ref[1:], r[1:], 3))
 
@@ -180,6 +181,7 @@ def test_the_frontier_ends_at_the_reference_and_at_the_best_responses() -> None:
     """KL 0 leaves the reference's reward; from -log pi_ref(best) on nothing is left to gain; a constant has no gain."""
     (ref,), r = policies(2, 1), random_rewards(2)
     assert frontier_reward(ref, r, 0.0) == pytest.approx(float(expected_reward(ref, r).mean()))
+    assert frontier_reward(ref, r, 1e-18) == pytest.approx(float(expected_reward(ref, r).mean()))
     assert frontier_reward(ref, r, 1e-9) == pytest.approx(float(expected_reward(ref, r).mean()), abs=1e-3)
     assert frontier_reward(ref, r, 1e6) == float(r.amax(-1).mean())
     assert frontier_reward(ref, torch.ones_like(r), 0.3) == 1.0

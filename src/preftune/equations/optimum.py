@@ -78,7 +78,7 @@ def win_rate(logps: Tensor, other_logps: Tensor, rewards: Tensor) -> Tensor:
 
     Exact in O(M log M): the distribution function of the rewards under pi', read at every response.
     """
-    below, up_to, _ = _distribution(other_logps.exp(), rewards)
+    below, up_to = _distribution(other_logps.exp(), rewards)
     return (logps.exp() * (below + up_to) / 2).sum(-1)
 
 
@@ -92,8 +92,8 @@ def best_of_n(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
     """
     if n != int(n) or n < 1:
         raise ValueError(f"n must be a whole number >= 1, not {n}")
-    _, up_to, equal = _distribution(ref_logps.exp(), rewards)
-    u = torch.where(equal > 0, equal / up_to, 0.0).clamp(max=1.0)
+    below, up_to = _distribution(ref_logps.exp(), rewards)
+    u = torch.where(up_to > below, (up_to - below) / up_to, 0.0)
     factor = torch.where(u > 0, -torch.expm1(n * torch.log1p(-u)) / u, float(n))
     return ref_logps + torch.xlogy(n - 1, up_to) + factor.log()
 
@@ -136,8 +136,6 @@ def frontier_reward(ref_logps: Tensor, rewards: Tensor, kl: float, *, tolerance:
     span = float((best - torch.where(possible, rewards, math.inf)).max())
     if kl >= float(-torch.logsumexp(torch.where(rewards == best, ref_logps, -math.inf), -1).mean()):
         return float(best.mean())
-    if kl == 0:
-        return float(expected_reward(ref_logps, rewards).mean())
 
     def above(beta: float) -> bool:
         return float(kl_divergence(optimal_policy(ref_logps, rewards, beta), ref_logps).mean()) > kl
@@ -145,7 +143,7 @@ def frontier_reward(ref_logps: Tensor, rewards: Tensor, kl: float, *, tolerance:
     low = high = span
     while not above(low) and low > 1e-12 * span:
         low /= 2
-    while above(high):
+    while above(high) and high < 1e12 * span:  # beyond, the KL is rounding
         high *= 2
     while high > low * (1 + tolerance):
         middle = math.sqrt(low * high)
@@ -166,15 +164,11 @@ def _tilt(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tens
     return torch.where(possible, ref_logps + (rewards - best) / _positive(beta), -math.inf), best
 
 
-def _distribution(probs: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(P(r < r(y)), P(r <= r(y)), P(r = r(y))) for every response y, each [..., M], by one sort.
-
-    P(r = r(y)) is summed by itself: as a difference of the other two, small masses would lose their digits.
-    """
+def _distribution(probs: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """(P(r < r(y)), P(r <= r(y))) for every response y, each [..., M], by one sort."""
     probs, rewards = torch.broadcast_tensors(probs, rewards)
     ranked, order = rewards.contiguous().sort(-1)
+    cumulative = torch.nn.functional.pad(probs.gather(-1, order).cumsum(-1), (1, 0))
     first = torch.searchsorted(ranked, rewards.contiguous())
     behind = torch.searchsorted(ranked, rewards.contiguous(), right=True)
-    cumulative = torch.nn.functional.pad(probs.gather(-1, order).cumsum(-1), (1, 0))
-    equal = torch.zeros_like(probs).scatter_add(-1, first, probs).gather(-1, first)
-    return cumulative.gather(-1, first), cumulative.gather(-1, behind), equal
+    return cumulative.gather(-1, first), cumulative.gather(-1, behind)
