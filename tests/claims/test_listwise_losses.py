@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations, product
 
+import numpy as np
 import pytest
 import torch
 from listwise_contract import Lists, PairLimit, World, dense, exact, extreme_lists, random_lists
@@ -14,7 +15,7 @@ from rows_listwise import ROWS
 from torch import Tensor
 
 from preftune.equations.losses import LOSSES, BoundLoss
-from preftune.tensors import ListLogps, PairLogps, ResponseLogps
+from preftune.tensors import ListLogps, PairLogps, ResponseLogps, TokenGroup
 
 LISTWISE = {name: loss for name, loss in LOSSES.items() if loss.reads is ListLogps}
 EVERY_LOSS = pytest.mark.parametrize("name", LISTWISE)
@@ -248,6 +249,24 @@ def test_two_responses_are_the_pair_they_should_be(name: str, limit: PairLimit) 
     assert_close(values(here, lists), limit.factor * there.values(pairs))
     w_c, w_r = there.weights(pairs)
     assert_close(weights(here, lists), limit.factor * torch.stack([w_c, -w_r], 1))
+
+
+@EVERY_LOSS
+def test_responses_of_a_batch_get_the_weights_of_their_rankings(name: str) -> None:
+    """From token log-probs to the gradient: each response of each ranked group gets its weight, the others none."""
+    ids = np.array([7])
+    ranked, unranked, tied = (
+        TokenGroup(ids, (ids,) * 3, ranks=(2, 1, 3), scores=(1.0, 2.0, 0.5)),
+        TokenGroup(ids, (ids,) * 2, pairs=((0, 1),)),
+        TokenGroup(ids, (ids,) * 4, ranks=(1, 2, 1, 2), scores=(3.0, 1.0, 3.0, 0.0)),
+    )
+    policy = torch.linspace(-3, -1, 9, dtype=torch.float64).cos().requires_grad_()
+    responses = ResponseLogps.from_tokens(policy, torch.ones(9, dtype=torch.int64), torch.zeros_like(policy))
+    lists, loss = responses.lists((ranked, unranked, tied)), LOSSES[name].bind()
+    (gradient,) = torch.autograd.grad(loss.values(lists).sum(), policy)
+    weights = loss.weights(lists)
+    assert lists.rank.shape == (2, 4)
+    assert_close(-gradient, torch.cat([weights[0, :3], torch.zeros(2).double(), weights[1]]))
 
 
 @pytest.mark.parametrize("name", [name for name in SCORED if name != "lipo"])
