@@ -16,7 +16,7 @@ OPTIONS = {
     "explain": "out text",
     "inspect": f"{READING} pairs kind examples",
     "sft": TRAINING,
-    "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma reference",
+    "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix",
 }
 
 

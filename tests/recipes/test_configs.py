@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +17,12 @@ from preftune.engine.optim import OPTIMIZERS
 from preftune.engine.schedule import SCHEDULES
 from preftune.equations.losses import LOSSES
 from preftune.errors import ConfigError
-from preftune.recipes.configs import (
-    LOSS_FACTS,
-    DpoConfig,
-    InspectConfig,
-    QuickstartConfig,
-    SftConfig,
-)
+from preftune.recipes.configs import DpoConfig, InspectConfig, QuickstartConfig, SftConfig
+from preftune.recipes.loss_facts import LOSS_FACTS
+from preftune.recipes.loss_terms import NAMED, TermSpec, parse_loss
 from preftune.recipes.settings import did_you_mean
 
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = {"model": "m", "data": "d", "out": "o"}
 
 
@@ -39,38 +39,64 @@ def refusal(**more: Any) -> str:
 
 
 def test_the_table_of_losses_is_the_real_one() -> None:
-    """What configs know about the losses without torch is what the losses say."""
-    real = {name: (loss.learning_rate, loss.knobs(), loss.needs_reference) for name, loss in LOSSES.items()}
-    assert {name: (f.learning_rate, f.knobs, f.needs_reference) for name, f in LOSS_FACTS.items()} == real
+    """What configs know about the losses without torch is what the losses say: `python scripts/loss_facts.py`."""
+    script = runpy.run_path(str(ROOT / "scripts" / "loss_facts.py"))
+    assert ast.dump(ast.parse(Path(script["TARGET"]).read_text())) == ast.dump(ast.parse(script["facts"]()))
+    for name, loss in LOSSES.items():
+        facts = LOSS_FACTS[name]
+        assert (facts.learning_rate, facts.needs) == (loss.learning_rate, loss.needs)
+        assert {knob: default for knob, (default, _) in facts.knobs.items()} == loss.knobs()
+        assert {knob: allowed for knob, (_, allowed) in facts.knobs.items()} == loss.ranges()
+    assert list(LOSS_FACTS) == list(LOSSES)
 
 
-@pytest.mark.parametrize("value", [-1.0, -1e-9, 0.0, 1e-9, 0.1, 0.4999, 0.5, 1.0, 1e9])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_config_refuses_a_knob_exactly_when_the_loss_does(loss: str, value: float) -> None:
-    """Ranges in the config and in the loss agree."""
+def test_a_config_refuses_a_knob_exactly_when_the_loss_does(loss: str) -> None:
+    """Ranges in the config and in the loss agree, and so does what both say."""
     for knob in LOSSES[loss].knobs():
-        config_accepts = accepted(dpo, loss=loss, **{knob: value})
-        assert config_accepts == accepted(LOSSES[loss].bind, **{knob: value}), knob
+        for value in (-1.0, -1e-9, 0.0, 1e-9, 0.1, 0.4999, 0.5, 1.0, 1.5, 1e9):
+            by_config = complaint(dpo, loss=f"{loss}({knob}={value!r})")
+            assert by_config == complaint(LOSSES[loss].bind, **{knob: value}), knob
+            if knob in DpoConfig.model_fields:
+                assert by_config == complaint(dpo, loss=loss, **{knob: value}), knob
 
 
-def accepted(function: Callable[..., Any], **values: Any) -> bool:
+def complaint(function: Callable[..., Any], **values: Any) -> str:
     try:
         function(**values)
-    except ConfigError:
-        return False
-    return True
+    except ConfigError as problem:
+        return str(problem)
+    return ""
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_knobs_of_a_config_bind_to_its_loss(loss: str) -> None:
-    """Whatever is not given is the loss's own default, and nothing else is passed on."""
-    bound = LOSSES[loss].bind(**dpo(loss=loss).loss_knobs())
-    assert bound.knobs == LOSSES[loss].knobs()
+def test_every_loss_can_be_chosen_and_keeps_its_defaults(loss: str) -> None:
+    """`--loss NAME` is that loss alone, told nothing, for every loss of the table."""
+    assert dpo(loss=loss).terms() == (TermSpec(1.0, loss, {}),)
+    assert dpo(loss=loss).peak_lr() == LOSSES[loss].learning_rate
 
 
-def test_a_given_knob_wins_over_the_default_of_the_loss() -> None:
-    """--beta 0.5 reaches the loss; a knob at zero is given, not missing."""
-    assert dpo(loss="simpo", beta=0.5, gamma=0.0).loss_knobs() == {"beta": 0.5, "gamma": 0.0}
+def test_a_given_knob_reaches_the_loss() -> None:
+    """By its own key or in the loss; a knob at zero is given, not missing."""
+    assert dpo(loss="simpo", beta=0.5, gamma=0.0).terms() == (TermSpec(1.0, "simpo", {"beta": 0.5, "gamma": 0.0}),)
+    assert dpo(loss="simpo(beta=5e-1,gamma=0)").terms() == dpo(loss="simpo", beta=0.5, gamma=0.0).terms()
+    assert dpo(lr=3e-4).peak_lr() == 3e-4
+
+
+def test_a_sum_of_losses_is_read_term_by_term() -> None:
+    """Coefficients, knobs and blanks where one would write them; exponents are no plus signs."""
+    expected = (TermSpec(0.8, "dpo", {"beta": 0.2}), TermSpec(1e6, "ipo", {}), TermSpec(1.0, "cdpo", {"beta": 2e5}))
+    assert parse_loss("0.8*dpo(beta = 0.2) + 1e+6 * ipo+cdpo( beta=2E+5 )") == expected
+
+
+def test_a_named_recipe_is_the_sum_it_stands_for() -> None:
+    """TR-DPO moves its reference as published unless told otherwise; the reference of dpo stands still."""
+    for name, recipe in NAMED.items():
+        assert dpo(loss=name).terms() == parse_loss(recipe.loss)
+    assert dpo(loss="tr_dpo").reference_moves() == (512, 0.6)
+    assert dpo(loss="tr_dpo", reference_every=8, reference_mix=1).reference_moves() == (8, 1.0)
+    assert dpo(reference_every=8).reference_moves() == (8, 1.0)
+    assert dpo().reference_moves() is None
 
 
 def test_the_defaults_are_what_the_help_promises() -> None:
@@ -83,9 +109,10 @@ def test_the_defaults_are_what_the_help_promises() -> None:
 
 
 def test_a_default_that_depends_on_the_loss_is_told_by_loss() -> None:
-    """The help of beta names each default with its losses."""
-    assert DpoConfig.default_text("beta") == "default by loss: 0.1 dpo, cdpo, robust; 0.05 hinge; 2 simpo"
-    assert DpoConfig.default_text("lr").startswith("default by loss: 1e-06 dpo; 5e-07 cdpo")
+    """The help of beta gives the default loss's own and says where the others stand."""
+    assert DpoConfig.default_text("beta") == "default 0.1 for dpo, by loss: docs/losses.md"
+    assert DpoConfig.default_text("lr") == "default 1e-06 for dpo, by loss: docs/losses.md"
+    assert DpoConfig.default_text("tau") == "by loss: docs/losses.md"
     assert SftConfig.default_text("lr") == "default 2e-05"
     assert DpoConfig.default_text("data") == "required"
     assert DpoConfig.default_text("shuffle") == "default true"
@@ -128,10 +155,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"resume": "maybe"}, "resume must be true or false, not 'maybe'"),
     ({"out": ""}, "out must be text that is not empty, not ''"),
     ({"data": 5}, "data must be text, not 5"),
-    (
-        {"loss": "dpoo"},
-        "loss must be one of dpo, cdpo, robust, ipo, ipo_average, hinge, simpo, not 'dpoo'; did you mean dpo?",
-    ),
+    ({"loss": "dpoo"}, "loss must be one of dpo, cdpo, robust,"),
+    ({"loss": "dpo + dpo"}, "loss names dpo twice; give each loss one term with its own coefficient"),
+    ({"loss": "dpo - ipo"}, "loss cannot be read at 'dpo - ipo'; a loss or a sum such as 'dpo(beta=0.2) + 0.5*nll'"),
+    ({"loss": "dpo +"}, "loss cannot be read at ''; a loss or a sum"),
+    ({"loss": "0*dpo"}, "the coefficient of dpo must be > 0, not 0; leave the term out instead"),
+    ({"loss": "1.2.3*dpo"}, "the coefficient of dpo must be a number, not '1.2.3'"),
+    ({"loss": "dpo(0.1)"}, "loss dpo: '0.1' is no knob; write name=number"),
+    ({"loss": "dpo(beta=big)"}, "beta of loss dpo must be a number, not 'big'"),
+    ({"loss": "dpo(tau=1)"}, "loss dpo has no knob tau; its knobs: beta"),
+    ({"loss": "dpo(beta=nan)"}, "loss dpo: beta must be a number > 0, not nan"),
+    ({"loss": "dpo(beta=0.2)", "beta": 0.1}, "beta is given twice, here and in loss dpo(beta=0.2)"),
+    ({"loss": "dpo + ipo", "beta": 1}, "beta belongs to one term of loss dpo + ipo: write it there, dpo(beta=1)"),
+    ({"loss": "simpo", "reference_every": 3}, "loss simpo uses no reference model; leave reference_every out"),
+    ({"reference_mix": 0.5}, "reference_mix says how far the reference moves; set reference_every"),
+    ({"reference_every": 3, "reference_mix": 1.5}, "reference_mix must be less than or equal to 1, not 1.5"),
     ({"optimizer": "adam"}, "optimizer must be one of adamw, rmsprop, sgd, not 'adam'; did you mean adamw?"),
     ({"truncation": "left"}, "truncation must be one of refuse, drop, prompt, response, not 'left'"),
     ({"device": "gpu"}, "device must be auto, cpu, mps, cuda or cuda:N, not 'gpu'"),
@@ -207,7 +245,7 @@ def test_names_offered_are_names_known() -> None:
     assert set(DpoConfig.choices("pairs")) == set(POLICIES)
     assert set(DpoConfig.choices("schedule")) == set(SCHEDULES)
     assert set(DpoConfig.choices("optimizer")) == set(OPTIMIZERS)
-    assert set(DpoConfig.choices("loss")) == set(LOSSES)
+    assert set(DpoConfig.choices("loss")) == set(LOSSES) | set(NAMED)
 
 
 def test_sft_has_no_key_for_pairs() -> None:

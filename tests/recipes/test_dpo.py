@@ -14,9 +14,10 @@ from torch import Tensor
 from preftune.data.packing import pack
 from preftune.engine.reference_cache import ReferenceCache
 from preftune.equations.losses import LOSSES
+from preftune.equations.objective import Objective, Term
 from preftune.errors import ConfigError, DataError, ReferenceMismatch, UserError
 from preftune.recipes import dpo
-from preftune.recipes.meters import PairMeter
+from preftune.recipes.meters import PreferenceMeter
 from preftune.tensors import ResponseLogps, TokenGroup
 
 
@@ -109,8 +110,9 @@ def test_a_tie_is_half_a_win() -> None:
     batch = pack([TokenGroup(prompt=one, responses=(one, one[::-1].copy()), pairs=((0, 1),))] * 3)
     ratios = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.5])
     logps = ResponseLogps(policy=ratios, log_ratio=ratios, length=torch.full((6,), 2.0))
-    meter, objective = PairMeter(LOSSES["dpo"].bind()), LOSSES["dpo"].bind()
-    meter.add(batch, logps, logps.pairs(batch.index), objective.values(logps.pairs(batch.index)))
+    objective = Objective((Term(1.0, LOSSES["dpo"].bind()),))
+    meter = PreferenceMeter(objective)
+    meter.add(batch.groups, logps, objective.evaluate(logps, batch.groups, {}), {})
     found = meter.held_out()
     assert found["accuracy"] == 0.5 and found["pairs"] == 3
     assert found["kl_from_data"] == pytest.approx(-0.5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from preftune.data.doctor import check_refusals, prepare
 from preftune.data.packing import StepPlan, micro_batches
@@ -125,11 +127,23 @@ class Loop:
     """The bookkeeping of a training loop: which step, which groups, which learning rate, when to save, when to stop.
 
     The data order is a function of (seed, epoch) and the position in the epoch; both follow from one step count, so a
-    checkpoint is that count, the optimizer's tensors, the random number states and the counters of early stopping.
+    checkpoint is that count, the optimizer's tensors, the random number states, the counters of early stopping, and
+    whatever else the recipe hands over: `memory`, plain numbers that it replaces, and `tensors`, which change in place.
     """
 
-    def __init__(self, cfg: TrainingConfig, run: Run, plan: StepPlan, model: LoadedModel, *, peak_lr: float) -> None:
+    def __init__(
+        self,
+        cfg: TrainingConfig,
+        run: Run,
+        plan: StepPlan,
+        model: LoadedModel,
+        *,
+        peak_lr: float,
+        memory: Mapping[str, Any] = MappingProxyType({}),
+        tensors: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self.cfg, self.run, self.plan, self.model, self.peak_lr = cfg, run, plan, model, peak_lr
+        self.memory, self._tensors = memory, tensors
         self.optimizer = Optimizer(
             model.model,
             name=cfg.optimizer,
@@ -143,7 +157,8 @@ class Loop:
         self._patience: dict[str, Any] = {"best": None, "step": 0, "waited": 0}
         self._checkpoints = Checkpoints(run.folder / "checkpoints")
         self._best = Checkpoints(run.folder / "best", keep=1)
-        self._checkpoints.check_space((self._checkpoints.keep + 1) * self.optimizer.checkpoint_bytes)
+        size = self.optimizer.checkpoint_bytes + sum(tensor.nbytes for tensor in self._tensors.values())
+        self._checkpoints.check_space((self._checkpoints.keep + 1) * size)
         if cfg.resume:
             self._restore(self._checkpoints)
 
@@ -204,14 +219,17 @@ class Loop:
         return self.cfg.early_stop > 0 and self._patience["waited"] >= self.cfg.early_stop
 
     def _save(self, where: Checkpoints) -> None:
-        state = {"step": self.step, "rng": rng_state(), "patience": self._patience}
-        where.save(self.step, self.optimizer.tensors(), state)
+        state = {"step": self.step, "rng": rng_state(), "patience": self._patience, "memory": dict(self.memory)}
+        where.save(self.step, {**self.optimizer.tensors(), **self._tensors}, state)
 
     def _restore(self, where: Checkpoints) -> None:
         checkpoint = where.latest(self.run.note)
         if checkpoint is None:
             return
-        self.optimizer.load(checkpoint.tensors)
+        self.optimizer.load({name: t for name, t in checkpoint.tensors.items() if name not in self._tensors})
+        for name, tensor in self._tensors.items():
+            tensor.copy_(checkpoint.tensors[name])
         set_rng_state(checkpoint.state["rng"])
         self.step, self._patience = checkpoint.state["step"], checkpoint.state["patience"]
+        self.memory = checkpoint.state["memory"]
         self.run.note(f"continuing from the checkpoint of step {self.step}")

@@ -8,7 +8,7 @@ before a file is opened raises ConfigError here, in one line: the key, what was 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo
@@ -17,16 +17,17 @@ from pydantic import model_validator as check
 from preftune.data.demonstrations import DEMONSTRATIONS
 from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import Layout
+from preftune.errors import ConfigError
+from preftune.recipes.loss_facts import LOSS_FACTS
+from preftune.recipes.loss_terms import NAMED, TermSpec, parse_loss
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
 __all__ = [
     "CONFIGS",
-    "LOSS_FACTS",
     "DpoConfig",
     "ExplainConfig",
     "Folder",
     "InspectConfig",
-    "LossFacts",
     "Machine",
     "Objective",
     "Optimization",
@@ -37,27 +38,6 @@ __all__ = [
     "TrainingConfig",
     "sections",
 ]
-
-
-@dataclass(frozen=True)
-class LossFacts:
-    """What a config must know about a loss without importing it; a test keeps it equal to `equations.losses`."""
-
-    learning_rate: float
-    knobs: Mapping[str, float]
-    """Name -> default."""
-    needs_reference: bool = True
-
-
-LOSS_FACTS: Mapping[str, LossFacts] = {
-    "dpo": LossFacts(1e-6, {"beta": 0.1}),
-    "cdpo": LossFacts(5e-7, {"beta": 0.1, "label_smoothing": 0.1}),
-    "robust": LossFacts(5e-7, {"beta": 0.1, "label_smoothing": 0.1}),
-    "ipo": LossFacts(5e-7, {"tau": 0.1}),
-    "ipo_average": LossFacts(5e-7, {"tau": 1.0}),
-    "hinge": LossFacts(5e-7, {"beta": 0.05}),
-    "simpo": LossFacts(5e-7, {"beta": 2.0, "gamma": 1.0}, needs_reference=False),
-}
 
 
 class Reading(Settings):
@@ -110,46 +90,83 @@ class Pairing(Settings):
 class Objective(Settings):
     """Objective"""
 
-    loss: Literal["dpo", "cdpo", "robust", "ipo", "ipo_average", "hinge", "simpo"] = Field(
-        "dpo", description="what is minimised, nats"
-    )
-    beta: float | None = Field(None, gt=0, description="strength of the pull to the reference, per nat")
-    label_smoothing: float | None = Field(None, ge=0, lt=0.5, description="assumed share of flipped labels")
-    tau: float | None = Field(None, gt=0, description="IPO's regularisation: margins are pulled to 1 / (2 tau) nats")
-    gamma: float | None = Field(None, ge=0, description="SimPO's target margin")
+    loss: str = Field("dpo", description="what is minimised, nats; or a sum such as 'dpo(beta=0.2) + 0.5*nll'")
+    beta: float | None = Field(None, description="strength of the pull to the reference, per nat")
+    label_smoothing: float | None = Field(None, description="assumed share of flipped labels")
+    tau: float | None = Field(None, description="IPO's regularisation: margins are pulled to 1 / (2 tau) nats")
+    gamma: float | None = Field(None, description="target margin of the losses that have one")
+    alpha: float | None = Field(None, description="the loss's alpha, see docs/losses.md")
     reference: str | None = Field(
         None, min_length=1, description="folder or hub name of the reference model; none: the weights of --model"
     )
+    reference_every: int | None = Field(
+        None, ge=1, description="move the reference towards the policy every so many steps (TR-DPO); none: never"
+    )
+    reference_mix: float | None = Field(
+        None, gt=0, le=1, description="share of the policy in a moved reference; 1 replaces it"
+    )
 
-    def loss_knobs(self) -> dict[str, float]:
-        """The knobs of the chosen loss, the loss's own default where none was given."""
-        given = {name: getattr(self, name) for name in _KNOBS}
-        return {name: default if given[name] is None else given[name] for name, default in self._facts.knobs.items()}
+    def terms(self) -> tuple[TermSpec, ...]:
+        """The terms of the objective with the knobs that were given, in the loss or by their own keys."""
+        terms = parse_loss(self.loss)
+        given = {name: getattr(self, name) for name in _KNOBS if getattr(self, name) is not None}
+        return (replace(terms[0], knobs={**terms[0].knobs, **given}), *terms[1:]) if given else terms
+
+    def reference_moves(self) -> tuple[int, float] | None:
+        """(every so many steps, by this share), or None for a fixed reference."""
+        named = NAMED.get(self.loss)
+        every = self.reference_every or (named.reference_every if named else None)
+        mix = self.reference_mix or (named.reference_mix if named else None)
+        return None if every is None else (every, 1.0 if mix is None else mix)
+
+    def peak_lr(self) -> float:
+        """`lr`, else the advice for the leading loss."""
+        given: float | None = getattr(self, "lr", None)
+        return LOSS_FACTS[parse_loss(self.loss)[0].loss].learning_rate if given is None else given
+
+    @classmethod
+    def choices(cls, key: str) -> tuple[str, ...]:
+        """As `Settings.choices`; `loss` is one of the table's, or a named recipe."""
+        return (*LOSS_FACTS, *NAMED) if key == "loss" else super().choices(key)
 
     @classmethod
     def default_text(cls, key: str) -> str:
-        """As `Settings.default_text`; what depends on the loss is told by loss."""
-        by_value: dict[float, list[str]] = {}
-        for loss, facts in LOSS_FACTS.items():
-            own = {**facts.knobs, "lr": facts.learning_rate}
-            if key in own:
-                by_value.setdefault(own[key], []).append(loss)
-        by_loss = "; ".join(f"{value:g} {', '.join(losses)}" for value, losses in by_value.items())
-        return f"default by loss: {by_loss}" if by_loss else super().default_text(key)
-
-    @property
-    def _facts(self) -> LossFacts:
-        return LOSS_FACTS[self.loss]
+        """As `Settings.default_text`; what depends on the loss is told for the default loss."""
+        facts = LOSS_FACTS["dpo"]
+        if key in _KNOBS or key == "lr":
+            own = {name: default for name, (default, _) in facts.knobs.items()} | {"lr": facts.learning_rate}
+            return (f"default {own[key]:g} for dpo, " if key in own else "") + "by loss: docs/losses.md"
+        return super().default_text(key)
 
     @check(mode="after")
     def _loss_has_these_knobs(self, info: ValidationInfo) -> Self:
+        try:
+            terms = parse_loss(self.loss)
+        except ConfigError as problem:
+            raise refusal(info, "loss", str(problem)) from None
         for name in _KNOBS:
-            if getattr(self, name) is not None and name not in self._facts.knobs:
-                raise refusal(
-                    info, name, f"loss {self.loss} has no knob {name}; its knobs: {', '.join(self._facts.knobs)}"
-                )
-        if self.reference is not None and not self._facts.needs_reference:
-            raise refusal(info, "reference", f"loss {self.loss} uses no reference model; leave reference out")
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if len(terms) > 1 or self.loss in NAMED:
+                term = f"{terms[0].loss}({name}={value:g})"
+                raise refusal(info, name, f"{name} belongs to one term of loss {self.loss}: write it there, {term}")
+            if name in terms[0].knobs:
+                raise refusal(info, name, f"{name} is given twice, here and in loss {self.loss}")
+            try:
+                LOSS_FACTS[terms[0].loss].check(terms[0].loss, name, value)
+            except ConfigError as problem:
+                raise refusal(info, name, str(problem)) from None
+        return self
+
+    @check(mode="after")
+    def _reference_is_used(self, info: ValidationInfo) -> Self:
+        needs = frozenset[str]().union(*(LOSS_FACTS[term.loss].needs for term in parse_loss(self.loss)))
+        for key in ("reference", "reference_every", "reference_mix"):
+            if getattr(self, key) is not None and "reference" not in needs:
+                raise refusal(info, key, f"loss {self.loss} uses no reference model; leave {key} out")
+        if self.reference_mix is not None and self.reference_moves() is None:
+            raise refusal(info, "reference_mix", "reference_mix says how far the reference moves; set reference_every")
         return self
 
 
@@ -289,7 +306,7 @@ CONFIGS: Mapping[str, type[Settings]] = {
 """Stage -> what it may be told."""
 
 _SECTIONS: tuple[type[Settings], ...] = (Reading, Pairing, Objective, Optimization, Machine, Folder)
-_KNOBS = ("beta", "label_smoothing", "tau", "gamma")
+_KNOBS = ("beta", "label_smoothing", "tau", "gamma", "alpha")
 
 
 def sections(config: type[Settings]) -> dict[str, list[str]]:

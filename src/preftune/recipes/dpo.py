@@ -1,11 +1,11 @@
-"""Direct Preference Optimization: pairs in, an aligned model out (arXiv 2305.18290).
+"""Direct Preference Optimization: preferences in, an aligned model out (arXiv 2305.18290), for every loss of the table.
 
-    read pairs -> tokens -> groups                                            data/
+    read rows -> tokens -> groups                                             data/
     log pi_ref of every completion token, once, on disk                       recipes/reference.py
-    packed rows -> log-probs [C] -> responses [R] -> pairs [T] -> loss [T]    the loop below
+    packed rows -> log-probs [C] -> responses [R] -> pairs, rankings or labels -> objective      recipes/step.py
     checkpoints, metrics.jsonl, run.json, model/                              recipes/common.py, engine/
 
-The objective of a step is the weighted mean over all its pairs, whatever the micro-batches were.
+The objective of a step is the weighted mean over all its rows, whatever the micro-batches were.
 """
 
 from __future__ import annotations
@@ -13,89 +13,98 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from preftune.data.packing import StepPlan
 from preftune.engine.clock import Clock
 from preftune.engine.run import Run
-from preftune.equations.losses import LOSSES, BoundLoss
-from preftune.models.logprobs import score
-from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model, read_data
+from preftune.equations.losses import LOSSES
+from preftune.equations.objective import Objective, State, Term
+from preftune.models.load import LoadedModel
+from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model
 from preftune.recipes.configs import DpoConfig
-from preftune.recipes.meters import PairMeter
-from preftune.recipes.reference import Reference, certify_start
+from preftune.recipes.meters import PreferenceMeter
+from preftune.recipes.preferences import read_preferences
+from preftune.recipes.reference import LiveReference, Reference, certify_start
+from preftune.recipes.step import Scorer, accumulate, score_all
 from preftune.records import RunCard
-from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup, total_weight
+from preftune.tensors import TokenGroup
 
 __all__ = ["DpoConfig", "main"]
 
 
 def main(cfg: DpoConfig) -> RunCard:
-    """Train `cfg.model` on the preference pairs of `cfg.data`; the result is a Hugging Face folder, `out/model`.
+    """Train `cfg.model` on the preferences of `cfg.data`; the result is a Hugging Face folder, `out/model`.
 
     Raises ConfigError, DataError, ArtifactError for input that is refused, and RunError when the run itself fails.
     """
-    loss = LOSSES[cfg.loss]
-    objective = loss.bind(**cfg.loss_knobs())
+    objective = Objective(tuple(Term(t.coefficient, LOSSES[t.loss].bind(**t.knobs)) for t in cfg.terms()))
     with Run.open(cfg.out, stage="dpo", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
         policy, batching = open_model(cfg.model, cfg, run)
-        train, held_out = read_data(cfg, policy.tokenizer, run, kind="preferences")
+        train, held_out = read_preferences(cfg, policy.tokenizer, objective, run)
         batching.check(policy.model, [*train, *held_out])
 
         plan = StepPlan(train, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
-        reference = None
-        if loss.needs_reference:
-            reference = Reference.of(cfg, policy, batching, [*train, *held_out], run)
-            certify_start(policy.model, batching, plan.groups_of(0, 0), objective, reference, run)
+        reference = reference_for(cfg, policy, batching, objective, [*train, *held_out], run)
+        score = Scorer(policy.model, objective, reference)
+        if reference:
+            first = plan.groups_of(0, 0)
+            certify_start(score_all(score, batching(first)), first, objective, reference, policy.model.dtype, run)
+        live = reference if isinstance(reference, LiveReference) else None
 
-        loop = Loop(cfg, run, plan, policy, peak_lr=loss.learning_rate if cfg.lr is None else cfg.lr)
+        loop = Loop(
+            cfg, run, plan, policy, peak_lr=cfg.peak_lr(),
+            memory=objective.initial_state(), tensors=live.tensors() if live else {},
+        )  # fmt: skip
         clock = Clock()
         for step, groups, lr in loop.steps():
-            meter = PairMeter(objective)
-            step_pairs = total_weight(groups)
-            for batch in batching(groups):
-                clock.lap("batches")
-                logps = response_logps(policy.model, batch, reference)
-                pairs = logps.pairs(batch.index)
-                values_T = objective.values(pairs)
-                step_loss = (values_T * pairs.weight).sum() / step_pairs
-                clock.lap("forward")
-                step_loss.backward()
-                clock.lap("backward")
-                meter.add(batch, logps, pairs, values_T)
+            meter = PreferenceMeter(objective)
+            batches = list(batching(groups))
+            clock.lap("batches")
+            loop.memory = accumulate(score, batches, loop.memory, meter, clock)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
+            if live:
+                live.after_step(step, policy.model)
             clock.lap("optimizer")
-            run.after_step(step, meter.metrics(clock) | {"grad_norm": grad_norm, "lr": lr})
+            run.after_step(step, meter.metrics(clock, batches) | {"grad_norm": grad_norm, "lr": lr})
             if held_out and loop.due(cfg.eval_every):
-                loop.evaluated(evaluate(policy.model, batching, held_out, objective, reference))
+                loop.evaluated(evaluate(score, batching, held_out, loop.memory))
                 clock = Clock()
 
         return loop.finish(
-            results=lambda: evaluate(policy.model, batching, held_out, objective, reference) if held_out else {},
-            method=f"Preference pairs, loss `{cfg.loss}` with {dict(objective.knobs)}.",
+            results=lambda: evaluate(score, batching, held_out, loop.memory) if held_out else {},
+            method=f"Preferences, loss `{' + '.join(described(term) for term in objective.terms)}`.",
         )
 
 
-def response_logps(policy: nn.Module, batch: PackedBatch, reference: Reference | None) -> ResponseLogps:
-    """Token log-probs [C] of policy and reference, subtracted and summed over each response [R]; float32 nats."""
-    reference_C = reference.lookup(batch) if reference else None
-    return ResponseLogps.from_tokens(score(policy, batch), batch.lengths, reference_C)
-
-
-def evaluate(
-    policy: nn.Module,
+def reference_for(
+    cfg: DpoConfig,
+    policy: LoadedModel,
     batching: Batching,
+    objective: Objective,
     groups: Sequence[TokenGroup],
-    objective: BoundLoss,
-    reference: Reference | None,
-) -> dict[str, Any]:
-    """Loss, implicit-reward accuracy and margin on held-out pairs, with 95 % intervals over pairs."""
-    meter = PairMeter(objective)
-    with torch.no_grad():
-        for batch in batching(groups):
-            logps = response_logps(policy, batch, reference)
-            pairs = logps.pairs(batch.index)
-            meter.add(batch, logps, pairs, objective.values(pairs))
+    run: Run,
+) -> Reference | LiveReference | None:
+    """Cached log-probs where they are enough; the model itself where it moves or its distributions are read."""
+    if "reference" not in objective.needs:
+        return None
+    if "divergence" in objective.needs or cfg.reference_moves():
+        return LiveReference.of(cfg, policy, run)
+    return Reference.of(cfg, policy, batching, groups, run)
+
+
+def evaluate(score: Scorer, batching: Batching, groups: Sequence[TokenGroup], state: State) -> dict[str, Any]:
+    """The objective and the rewards on held-out rows, with 95 % intervals; nothing the losses remember is changed."""
+    objective = score.objective
+    batches = list(batching(groups))
+    ordered = [group for batch in batches for group in batch.groups]
+    logps = score_all(score, batches)
+    meter = PreferenceMeter(objective)
+    meter.add(ordered, logps, objective.evaluate(logps, ordered, state), state)
     return meter.held_out()
+
+
+def described(term: Term) -> str:
+    """`0.5*dpo(beta=0.1)`."""
+    knobs = ", ".join(f"{name}={value:g}" for name, value in term.loss.knobs.items())
+    weight = "" if term.coefficient == 1 else f"{term.coefficient:g}*"
+    return f"{weight}{term.name}({knobs})"

@@ -6,6 +6,7 @@ micro-batch, so no number depends on how the step was split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from preftune.engine.clock import Clock
 from preftune.equations.kl import forward_kl
-from preftune.equations.losses import BoundLoss
+from preftune.equations.objective import Objective, State, TermValues
 from preftune.equations.stats import mean_interval, quantiles, wilson
 from preftune.errors import NotFinite
-from preftune.tensors import PackedBatch, PairLogps, ResponseLogps
+from preftune.tensors import LabelledLogps, ListLogps, PackedBatch, PairIndex, PairLogps, ResponseLogps, TokenGroup
 
-__all__ = ["PairMeter", "TokenMeter", "token_weights"]
+__all__ = ["PreferenceMeter", "TokenMeter", "token_weights"]
+
+_UNITS = {PairLogps: "pair", ListLogps: "ranking", LabelledLogps: "label"}
 
 
 def token_weights(batch: PackedBatch) -> Tensor:
@@ -29,61 +32,129 @@ def token_weights(batch: PackedBatch) -> Tensor:
     return weights_R.repeat_interleave(batch.lengths)
 
 
-class PairMeter:
-    """The pairs of one optimizer step, or of one evaluation."""
+class PreferenceMeter:
+    """The rows of one optimizer step, or of one evaluation, and what every term of the objective made of them."""
 
-    def __init__(self, objective: BoundLoss) -> None:
+    def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self._collected = _Collected("pair")
-        self._drift: list[Tensor] = []
+        self._terms = [_Collected(_UNITS[term.loss.loss.reads]) for term in objective.terms]
+        self._pairs, self._labelled, self._drift = _Collected("pair"), _Collected("label"), _Collected("response")
+        self._responses = 0
 
-    def add(self, batch: PackedBatch, logps: ResponseLogps, pairs: PairLogps, values_T: Tensor) -> None:
-        """Take in one micro-batch; no value leaves the device yet."""
-        reward_w, reward_l = self._objective.rewards(pairs)
-        weight_w, weight_l = self._objective.weights(pairs)
-        owners = [group.origin for group in batch.groups for _ in group.pairs]
-        columns = (
-            values_T, pairs.weight, reward_w, reward_l, weight_w, weight_l, pairs.chosen, pairs.rejected,
+    def add(
+        self, groups: Sequence[TokenGroup], logps: ResponseLogps, found: Sequence[TermValues], state: State
+    ) -> None:
+        """Take in the groups of a micro-batch, or of a whole step; no value leaves the device yet."""
+        reward_R = self._objective.reward(logps)
+        for collected, part in zip(self._terms, found, strict=True):
+            weights = part.term.loss.weights(part.inputs, state.get(part.term.name))
+            pull = (weights[0] + weights[1]) / 2 if isinstance(weights, tuple) else _row_mean(weights.abs())
+            owners = part.term.owners(groups)
+            collected.add([groups[i].origin for i in owners], (part.values, part.inputs.weight, pull))
+            collected.group_of += [self._responses + i for i in owners]
+        self._responses += len(groups)
+        own_R = torch.tensor([i < g.own for g in groups for i in range(len(g.responses))], device=reward_R.device)
+        self._drift.add([], (forward_kl(logps.log_ratio)[own_R],))
+        index = PairIndex.of(groups).to(reward_R.device)
+        pairs = logps.pairs(index)
+        self._pairs.add([], (
+            reward_R[index.chosen], reward_R[index.rejected], pairs.chosen, pairs.rejected,
             pairs.chosen_log_ratio, pairs.rejected_log_ratio, pairs.chosen_length, pairs.rejected_length,
-        )  # fmt: skip
-        self._collected.add(batch, owners, columns)
-        self._drift.append(forward_kl(logps.log_ratio))
+        ))  # fmt: skip
+        stated = [i for i, label in enumerate(label for g in groups for label in _labels(g)) if label is not None]
+        good = torch.tensor([label for g in groups for label in g.labels], dtype=torch.bool, device=reward_R.device)
+        at = torch.tensor(stated, dtype=torch.int64, device=reward_R.device)
+        self._labelled.add([], (reward_R[at], good, logps.policy[at], logps.log_ratio[at], logps.length[at]))
 
     def refuse_not_finite(self) -> None:
         """Raise NotFinite, naming the rows, when a loss is NaN or infinite."""
-        self._collected.refuse_not_finite()
+        for collected in self._terms:
+            collected.refuse_not_finite()
 
-    def metrics(self, clock: Clock) -> dict[str, Any]:
-        """Every number of a training step; `clock` has the seconds of its phases."""
-        return self._numbers() | self._collected.speed(clock)
+    def metrics(self, clock: Clock, batches: Sequence[PackedBatch]) -> dict[str, Any]:
+        """Every number of a training step; `clock` has the seconds of its phases, `batches` what was computed."""
+        return self._numbers() | _speed(clock, batches, "pair", len(self._terms[0].owners))
 
     def held_out(self) -> dict[str, Any]:
-        """Every number of an evaluation; loss and margin carry 95 % intervals over pairs."""
-        table = self._collected.table()
-        loss, margin = mean_interval(table[0]), mean_interval(table[2] - table[3])
-        return self._numbers() | {
-            "loss_low": loss.low, "loss_high": loss.high,
-            "reward_margin_low": margin.low, "reward_margin_high": margin.high,
-        }  # fmt: skip
+        """Every number of an evaluation; loss and margin carry 95 % intervals, over prompts and over pairs."""
+        numbers = self._numbers()
+        loss = mean_interval(self._loss_of_groups())
+        numbers |= {"loss_low": loss.low, "loss_high": loss.high}
+        if self._pairs.rows:
+            reward_w, reward_l = self._pairs.table()[:2]
+            margin = mean_interval(reward_w - reward_l)
+            numbers |= {"reward_margin_low": margin.low, "reward_margin_high": margin.high}
+        return numbers
 
     def _numbers(self) -> dict[str, Any]:
-        (loss, weight, r_w, r_l, c_w, c_l, logp_w, logp_l, ratio_w, ratio_l, n_w, n_l) = self._collected.table()
-        margin = r_w - r_l
-        accuracy = wilson(float((margin > 0).sum() + 0.5 * (margin == 0).sum()), len(margin))  # a tie is half a win
-        p05, p50, p95 = quantiles(margin, (0.05, 0.5, 0.95))
-        return {
-            "loss": float((loss * weight).sum() / weight.sum()),
-            "accuracy": accuracy.estimate, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high,
-            "reward_chosen": float(r_w.mean()), "reward_rejected": float(r_l.mean()),
-            "reward_margin": float(margin.mean()),
-            "reward_margin_p05": p05, "reward_margin_p50": p50, "reward_margin_p95": p95,
-            "logp_chosen": float(logp_w.mean()), "logp_rejected": float(logp_l.mean()),
-            "logp_chosen_change": float(ratio_w.mean()), "logp_rejected_change": float(ratio_l.mean()),
-            "gradient_weight": float((c_w + c_l).mean() / 2),
-            "kl_from_data": float(torch.cat(self._drift).mean()),
-            "length_chosen": float(n_w.mean()), "length_rejected": float(n_l.mean()),
-            "pairs": len(margin),
-        }  # fmt: skip
+        means = {}
+        for term, collected in zip(self._objective.terms, self._terms, strict=True):
+            values, weight, _ = collected.table()
+            means[term.name] = float((values * weight).sum() / weight.sum())
+        loss = sum(term.coefficient * means[term.name] for term in self._objective.terms)
+        numbers: dict[str, Any] = {"loss": loss}
+        if len(means) > 1:
+            numbers |= {f"loss_{name}": mean for name, mean in means.items()}
+        numbers["gradient_weight"] = float(self._terms[0].table()[2].mean())
+        numbers["kl_from_data"] = float(self._drift.table()[0].mean())
+        if self._pairs.rows:
+            numbers |= _pair_numbers(self._pairs.table())
+        if self._labelled.rows:
+            numbers |= _label_numbers(self._labelled.table())
+        return numbers
+
+    def _loss_of_groups(self) -> NDArray[np.float64]:
+        """One number per group, whose mean is the loss and whose spread is the loss's: a ratio of sums, linearised."""
+        total = np.zeros(self._responses)
+        for term, collected in zip(self._objective.terms, self._terms, strict=True):
+            values, weight, _ = collected.table()
+            mean = (values * weight).sum() / weight.sum()
+            surplus = np.bincount(collected.group_of, (values - mean) * weight, self._responses)
+            total += term.coefficient * (mean + surplus / (weight.sum() / self._responses))
+        return total
+
+
+def _pair_numbers(table: NDArray[np.float64]) -> dict[str, Any]:
+    r_w, r_l, logp_w, logp_l, ratio_w, ratio_l, n_w, n_l = table
+    margin = r_w - r_l
+    accuracy = wilson(float((margin > 0).sum() + 0.5 * (margin == 0).sum()), len(margin))  # a tie is half a win
+    p05, p50, p95 = quantiles(margin, (0.05, 0.5, 0.95))
+    return {
+        "accuracy": accuracy.estimate, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high,
+        "reward_chosen": float(r_w.mean()), "reward_rejected": float(r_l.mean()),
+        "reward_margin": float(margin.mean()),
+        "reward_margin_p05": p05, "reward_margin_p50": p50, "reward_margin_p95": p95,
+        "logp_chosen": float(logp_w.mean()), "logp_rejected": float(logp_l.mean()),
+        "logp_chosen_change": float(ratio_w.mean()), "logp_rejected_change": float(ratio_l.mean()),
+        "length_chosen": float(n_w.mean()), "length_rejected": float(n_l.mean()),
+        "pairs": len(margin),
+    }  # fmt: skip
+
+
+def _label_numbers(table: NDArray[np.float64]) -> dict[str, Any]:
+    """Of responses that carry a label themselves; a mean over none is left out."""
+    numbers: dict[str, Any] = {"labels": table.shape[1]}
+    for name, side in (("desirable", table[1] > 0), ("undesirable", table[1] == 0)):
+        numbers[f"labels_{name}"] = int(side.sum())
+        if side.any():
+            reward, _, logp, ratio, length = table[:, side]
+            interval = mean_interval(reward)
+            numbers |= {
+                f"reward_{name}": float(reward.mean()),
+                f"reward_{name}_low": interval.low, f"reward_{name}_high": interval.high,
+                f"logp_{name}": float(logp.mean()), f"logp_{name}_change": float(ratio.mean()),
+                f"length_{name}": float(length.mean()),
+            }  # fmt: skip
+    return numbers
+
+
+def _labels(group: TokenGroup) -> tuple[bool | None, ...]:
+    """The label of every response, None where it has none."""
+    return group.labels + (None,) * (len(group.responses) - len(group.labels))
+
+
+def _row_mean(weights: Tensor) -> Tensor:
+    return weights if weights.ndim == 1 else weights.mean(1)
 
 
 class TokenMeter:
@@ -91,6 +162,7 @@ class TokenMeter:
 
     def __init__(self) -> None:
         self._collected = _Collected("response")
+        self._batches: list[PackedBatch] = []
 
     def add(self, batch: PackedBatch, values_C: Tensor) -> None:
         """Take in one micro-batch: negative log-likelihoods of its scored tokens, nats."""
@@ -99,7 +171,8 @@ class TokenMeter:
         sums_R = torch.zeros_like(n_R).index_add(0, owner_C, values_C.detach())
         weight_R = torch.tensor([g.weight for g in batch.groups for _ in g.responses], device=values_C.device)
         owners = [group.origin for group in batch.groups for _ in group.responses]
-        self._collected.add(batch, owners, (sums_R, weight_R, n_R))
+        self._collected.add(owners, (sums_R, weight_R, n_R))
+        self._batches.append(batch)
 
     def refuse_not_finite(self) -> None:
         """Raise NotFinite, naming the rows, when a loss is NaN or infinite."""
@@ -107,7 +180,7 @@ class TokenMeter:
 
     def metrics(self, clock: Clock) -> dict[str, Any]:
         """Every number of a training step; `clock` has the seconds of its phases."""
-        return self._numbers() | self._collected.speed(clock)
+        return self._numbers() | _speed(clock, self._batches, "response", len(self._collected.owners))
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; the loss, a ratio of sums, carries a 95 % interval over responses."""
@@ -125,41 +198,43 @@ class TokenMeter:
 
 
 class _Collected:
-    """Rows of numbers on the device, the batches they came from, and how much was computed for them."""
+    """Rows of numbers on the device, and where they came from."""
 
     def __init__(self, unit: str) -> None:
+        self.owners: list[str] = []
+        self.group_of: list[int] = []
+        self.rows = 0
         self._unit = unit
-        self._rows: list[Tensor] = []
-        self._owners: list[str] = []
-        self._tokens = self._slots = 0
+        self._parts: list[Tensor] = []
 
-    def add(self, batch: PackedBatch, owners: list[str], columns: tuple[Tensor, ...]) -> None:
-        self._rows.append(torch.stack([column.detach().float() for column in columns]))
-        self._owners += owners
-        self._tokens += batch.real_tokens
-        self._slots += batch.input_ids.numel()
+    def add(self, owners: list[str], columns: tuple[Tensor, ...]) -> None:
+        self._parts.append(torch.stack([column.detach().float() for column in columns]))
+        self.owners += owners
+        self.rows += len(columns[0])
 
     def table(self) -> NDArray[np.float64]:
         """[columns, rows], the one read of the device."""
-        return torch.cat(self._rows, dim=1).double().cpu().numpy()
+        return torch.cat(self._parts, dim=1).double().cpu().numpy()
 
     def refuse_not_finite(self) -> None:
         values = self.table()[0]
         if np.isfinite(values).all():
             return
-        bad = [owner for owner, value in zip(self._owners, values, strict=True) if not np.isfinite(value)]
+        bad = [owner for owner, value in zip(self.owners, values, strict=True) if not np.isfinite(value)]
         named = ", ".join(bad[:8]) + (" ..." if len(bad) > 8 else "")
         raise NotFinite(
             f"the loss is not finite for {len(bad)} {self._unit}(s): {named}; the weights were not touched. "
             "Lower --lr, or look at these rows with `preftune inspect`"
         )
 
-    def speed(self, clock: Clock) -> dict[str, float]:
-        seconds, shares = clock.read()
-        return {
-            "unique_tokens": self._tokens,
-            "padding_fraction": 1 - self._tokens / self._slots,
-            "tokens_per_second": self._tokens / seconds,
-            f"{self._unit}s_per_second": len(self._owners) / seconds,
-            **{f"share_{name}": share for name, share in shares.items()},
-        }
+
+def _speed(clock: Clock, batches: Sequence[PackedBatch], unit: str, rows: int) -> dict[str, float]:
+    seconds, shares = clock.read()
+    tokens, slots = sum(b.real_tokens for b in batches), sum(b.input_ids.numel() for b in batches)
+    return {
+        "unique_tokens": tokens,
+        "padding_fraction": 1 - tokens / slots,
+        "tokens_per_second": tokens / seconds,
+        f"{unit}s_per_second": rows / seconds,
+        **{f"share_{name}": share for name, share in shares.items()},
+    }

@@ -1,24 +1,25 @@
-"""The reference policy: its token log-probs are computed once, kept on disk, and certified at step 0."""
+"""The reference policy: its log-probs computed once and kept on disk, or the model itself; certified at step 0."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from preftune.engine.reference_cache import ReferenceCache
 from preftune.engine.run import Run
-from preftune.equations.losses import BoundLoss
+from preftune.equations.objective import Objective
 from preftune.errors import ConfigError, ReferenceMismatch
 from preftune.models.load import LoadedModel
 from preftune.models.logprobs import score
 from preftune.recipes.common import Batching, open_model
 from preftune.recipes.configs import DpoConfig
-from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup, total_weight
+from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup
 
-__all__ = ["Reference", "certify_start"]
+__all__ = ["LiveReference", "Reference", "certify_start"]
 
 # Allowed |log pi - log pi_ref| at step 0, nats per square root of a token: two packings of the same weights differ by
 # rounding only, and rounding errors of single tokens are independent.
@@ -46,11 +47,7 @@ class Reference:
         loaded = policy
         if cfg.reference:
             loaded, batching = open_model(cfg.reference, cfg, run, role="reference")
-            if loaded.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-                raise ConfigError(
-                    f"reference {cfg.reference} has another vocabulary than model {cfg.model}: log-probs of different "
-                    "tokens cannot be compared; choose a reference with the model's tokenizer"
-                )
+            _refuse_other_vocabulary(cfg, loaded, policy)
         identity = {
             "weights": loaded.weights_sha256,
             "tokenizer": policy.tokenizer_sha256,
@@ -73,41 +70,87 @@ class Reference:
         return self.cache.lookup(batch.groups).to(batch.targets.device)
 
 
+@dataclass(frozen=True)
+class LiveReference:
+    """A reference model in memory beside the policy: for losses that read its whole distributions, and to be moved.
+
+    Moving (TR-DPO): after every `every`-th step  ref <- (1 - mix) ref + mix policy,  in float32. After n replacements
+    the optimum is pi_0 exp(n r / beta): such a reference anchors each stretch, not the whole run.
+    """
+
+    model: nn.Module
+    same_weights: bool
+    moves: tuple[int, float] | None
+    """(every so many steps, by this share of the policy)."""
+
+    @classmethod
+    def of(cls, cfg: DpoConfig, policy: LoadedModel, run: Run) -> LiveReference:
+        """A frozen copy of the policy as it starts, or the model of `--reference`."""
+        loaded = open_model(cfg.reference, cfg, run, role="reference")[0] if cfg.reference else policy
+        model = loaded.model if cfg.reference else deepcopy(policy.model)
+        _refuse_other_vocabulary(cfg, loaded, policy)
+        moves = cfg.reference_moves()
+        course = "fixed" if moves is None else f"moved every {moves[0]} steps by {moves[1]:g} of the policy"
+        run.note(f"reference in memory beside the policy, {course}")
+        same = loaded.weights_sha256 == policy.weights_sha256
+        return cls(model.requires_grad_(False).eval(), same, moves)
+
+    @torch.no_grad()
+    def after_step(self, step: int, policy: nn.Module) -> None:
+        """Move towards the policy when it is time."""
+        if self.moves is None or step % self.moves[0]:
+            return
+        mix = self.moves[1]
+        for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
+            mine.copy_(theirs if mix == 1 else torch.lerp(mine.float(), theirs.float(), mix))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint must hold: none while the reference stands where it started."""
+        if self.moves is None:
+            return {}
+        return {f"reference.{name}": parameter.data for name, parameter in self.model.named_parameters()}
+
+
 def certify_start(
-    policy: nn.Module,
-    batching: Batching,
+    logps: ResponseLogps,
     groups: Sequence[TokenGroup],
-    objective: BoundLoss,
-    reference: Reference,
+    objective: Objective,
+    reference: Reference | LiveReference,
+    dtype: torch.dtype,
     run: Run,
 ) -> None:
-    """At step 0 every log-ratio is 0 and the loss is the loss's own constant, or the run stops with the cause."""
-    dtype = next(policy.parameters()).dtype
+    """At step 0 every log-ratio is 0 and the objective is its own constant, or the run stops with the cause.
+
+    `logps`: of the responses of the first step's `groups`. The slack allowed for the objective is what the allowed
+    log-ratios can make of it, by its own slope.
+    """
     tolerance = TOLERANCE[dtype]
-    worst, where, total, slack = 0.0, "", 0.0, 1e-6
-    with torch.no_grad():
-        for batch in batching(groups):
-            logps = ResponseLogps.from_tokens(score(policy, batch), batch.lengths, reference.lookup(batch))
-            excess_R = logps.log_ratio.abs() / logps.length.sqrt()
-            if float(excess_R.max()) >= worst:
-                owners = [group.origin for group in batch.groups for _ in group.responses]
-                worst, where = float(excess_R.max()), owners[int(excess_R.argmax())]
-            pairs = logps.pairs(batch.index)
-            slope_w, slope_l = objective.weights(pairs)
-            root_T = torch.maximum(pairs.chosen_length, pairs.rejected_length).sqrt()
-            total += float((objective.values(pairs) * pairs.weight).sum())
-            slack += 2 * tolerance * float(((slope_w.abs() + slope_l.abs()) * root_T * pairs.weight).sum())
-    loss, slack = total / total_weight(groups), slack / total_weight(groups)
-    constant = objective.at_start()
+    excess_R = logps.log_ratio.abs() / logps.length.sqrt()
+    owners = [group.origin for group in groups for _ in group.responses]
+    worst, where = float(excess_R.max()), owners[int(excess_R.argmax())]
+    state = objective.initial_state()
+    leaf = replace(logps, log_ratio=logps.log_ratio.detach().requires_grad_())
+    value = objective.share(objective.evaluate(leaf, groups, state), objective.totals(groups))
+    (slope_R,) = torch.autograd.grad(value, leaf.log_ratio)
+    slack = 1e-6 + 2 * tolerance * float((slope_R.abs() * logps.length.sqrt()).sum())
+    loss, constant = float(value.detach()), objective.at_start()
     if not reference.same_weights:
         run.note(f"step 0: loss {loss:.6f}; the policy does not start at --reference, so there is no certificate")
     elif worst > tolerance:
+        cache = f" or a stale cache ({reference.cache.folder})" if isinstance(reference, Reference) else ""
         raise ReferenceMismatch(
             f"at step 0 a log-ratio is {worst:.2g} nats per root token ({where}), allowed in {dtype}: {tolerance:.0e}. "
-            "Policy and reference are the same weights but not the same function: look for active dropout or a stale "
-            f"cache ({reference.cache.folder})"
+            f"Policy and reference are the same weights but not the same function: look for active dropout{cache}"
         )
     elif constant is not None and abs(loss - constant) > slack:
         raise ReferenceMismatch(f"the step-0 loss is {loss:.6f}; this loss starts at {constant:.6f} +- {slack:.1e}")
     else:
         run.note(f"step-0 certificate: loss {loss:.6f}, largest log-ratio {worst:.1e} nats per root token")
+
+
+def _refuse_other_vocabulary(cfg: DpoConfig, loaded: LoadedModel, policy: LoadedModel) -> None:
+    if loaded.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ConfigError(
+            f"reference {cfg.reference} has another vocabulary than model {cfg.model}: log-probs of different "
+            "tokens cannot be compared; choose a reference with the model's tokenizer"
+        )

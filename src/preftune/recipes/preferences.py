@@ -1,0 +1,62 @@
+"""The rows a preference objective trains on: with all that it reads in every one of them, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from preftune.data.mismatched import with_mismatched
+from preftune.data.offers import Offer, first_without
+from preftune.engine.run import Run
+from preftune.equations.objective import Objective
+from preftune.errors import DataError
+from preftune.recipes.common import read_data
+from preftune.recipes.configs import DpoConfig
+from preftune.tensors import LabelledLogps, ListLogps, PairLogps, ResponseLogps, TokenGroup
+
+__all__ = ["read_preferences"]
+
+_READS: dict[type, Offer] = {PairLogps: "pairs", ListLogps: "rankings", LabelledLogps: "labels"}
+_LACKS: dict[Offer, str] = {
+    "pairs": "compares no two responses; choose a loss of single labelled responses (kto, bco), or data with pairs",
+    "rankings": "states pairs but no order of its responses; give ranks or scores, or choose a pairwise loss",
+    "labels": "neither labels nor compares responses",
+    "scores": "has no score for each of its responses; give score_chosen and score_rejected, or a scored layout",
+}
+
+
+def read_preferences(
+    cfg: DpoConfig, tokenizer: Any, objective: Objective, run: Run
+) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """(train, held-out) groups. Raises DataError naming the first row that lacks what a loss reads."""
+    sets = list(read_data(cfg, tokenizer, run, kind="preferences"))
+    for term in objective.terms:
+        wanted = [_READS[term.loss.loss.reads]]
+        if "scores" in term.loss.loss.needs:
+            wanted.append("scores")
+        for offer in wanted:
+            if lacking := first_without([*sets[0], *sets[1]], offer):
+                raise DataError(f"loss {term.name} reads {offer}, but {lacking} {_LACKS[offer]}")
+    if "mismatched" in objective.needs:
+        for i, groups in enumerate(sets):
+            sets[i], cut = with_mismatched(groups, seed=cfg.seed, max_length=cfg.max_length) if groups else ([], 0)
+            if cut:
+                run.note(f"{cut} of {len(groups)} mismatched responses are cut to max_length")
+    for group in (*sets[0], *sets[1]):
+        _try_out(objective, group)
+    return sets[0], sets[1]
+
+
+@torch.no_grad()
+def _try_out(objective: Objective, group: TokenGroup) -> None:
+    """The objective on a row as if at the start: what it cannot take is refused now, not in the middle of training."""
+    lengths = torch.tensor([len(response) for response in group.responses])
+    zero_C = torch.zeros(int(lengths.sum()))
+    logps = ResponseLogps.from_tokens(
+        zero_C - 1, lengths, zero_C - 1, divergence_C=zero_C, alignment_C=zero_C, keep_tokens=True
+    )
+    try:
+        objective.evaluate(logps, [group], objective.initial_state())
+    except ValueError as problem:
+        raise DataError(f"{group.origin}: {problem}") from None

@@ -1,0 +1,130 @@
+"""The gradient of one optimizer step: the same, however the step was split into micro-batches.
+
+Most objectives are sums over rows, and a micro-batch adds its share. A coupled one (a statistic of the batch, a sorted
+batch, a number remembered from earlier steps) needs every log-prob of the step before it has any gradient. Then:
+
+    pass 1, without gradient:   log-probs of all responses -> J and dJ / d log pi of every response
+    pass 2, one micro-batch at a time:   log-probs again -> backward with those numbers
+
+which is exact, costs one more forward, holds the activations of one micro-batch only, and is skipped when the step is
+a single micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from preftune.engine.clock import Clock
+from preftune.equations.objective import Objective, State
+from preftune.models.logprobs import score_tokens
+from preftune.recipes.meters import PreferenceMeter
+from preftune.recipes.reference import LiveReference, Reference
+from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup
+
+__all__ = ["Scorer", "accumulate", "score_all"]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A micro-batch -> what the objective may read of its responses [R], float32 nats."""
+
+    policy: nn.Module
+    objective: Objective
+    reference: Reference | LiveReference | None
+
+    def __call__(self, batch: PackedBatch) -> ResponseLogps:
+        needs = self.objective.needs
+        live = self.reference if isinstance(self.reference, LiveReference) else None
+        tokens = score_tokens(
+            self.policy,
+            batch,
+            reference_model=live.model if live else None,
+            divergence="divergence" in needs,
+            alignment="alignment" in needs,
+        )
+        cached = self.reference.lookup(batch) if isinstance(self.reference, Reference) else None
+        return ResponseLogps.from_tokens(
+            tokens.logps,
+            batch.lengths,
+            cached if live is None else tokens.reference,
+            divergence_C=tokens.divergence,
+            alignment_C=tokens.alignment,
+            keep_tokens="tokens" in needs,
+        )
+
+
+def accumulate(
+    score: Scorer, batches: Sequence[PackedBatch], state: State, meter: PreferenceMeter, clock: Clock
+) -> State:
+    """Add the gradient of the step to the policy's parameters; returns what the losses remember after it."""
+    objective = score.objective
+    groups = [group for batch in batches for group in batch.groups]
+    totals = objective.totals(groups)
+    if objective.coupled and len(batches) > 1:
+        return _in_two_passes(score, batches, groups, state, meter, clock)
+    for batch in batches:
+        logps = score(batch)
+        state = objective.updated(logps, batch.groups, state)
+        found = objective.evaluate(logps, batch.groups, state)
+        share = objective.share(found, totals)
+        clock.lap("forward")
+        share.backward()
+        clock.lap("backward")
+        meter.add(batch.groups, logps, found, state)
+    return state
+
+
+def _in_two_passes(
+    score: Scorer,
+    batches: Sequence[PackedBatch],
+    groups: Sequence[TokenGroup],
+    state: State,
+    meter: PreferenceMeter,
+    clock: Clock,
+) -> State:
+    objective = score.objective
+    whole = _leaves(score_all(score, batches))
+    state = objective.updated(whole, groups, state)
+    found = objective.evaluate(whole, groups, state)
+    objective.share(found, objective.totals(groups)).backward()
+    meter.add(groups, whole, found, state)
+    clock.lap("forward")
+    starts = {"responses": 0, "tokens": 0}
+    for batch in batches:
+        outputs, gradients = [], []
+        for name, part in _columns(score(batch)):
+            unit = "tokens" if name == "token_log_ratio" else "responses"
+            gradient = getattr(whole, name).grad
+            if part.requires_grad and gradient is not None:
+                outputs.append(part)
+                gradients.append(gradient[starts[unit] : starts[unit] + len(part)])
+        starts["responses"] += len(batch.lengths)
+        starts["tokens"] += int(batch.lengths.sum())
+        torch.autograd.backward(outputs, gradients)
+        clock.lap("backward")
+    return state
+
+
+def score_all(score: Scorer, batches: Iterable[PackedBatch]) -> ResponseLogps:
+    """Every response of the batches, in order, without gradient."""
+    with torch.no_grad():
+        parts = [score(batch) for batch in batches]
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name, _ in _columns(parts[0])}
+    return replace(parts[0], **joined)
+
+
+def _columns(logps: ResponseLogps) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of every column that is there."""
+    for field in fields(logps):
+        column = getattr(logps, field.name)
+        if column is not None:
+            yield field.name, column
+
+
+def _leaves(logps: ResponseLogps) -> ResponseLogps:
+    """The same numbers, each column ready to be differentiated by."""
+    return replace(logps, **{name: column.detach().requires_grad_() for name, column in _columns(logps)})
