@@ -175,6 +175,20 @@ def test_mismatched_responses_are_read_exactly_when_declared(name: str) -> None:
 
 
 @EVERY_LOSS
+def test_half_a_step_of_labelled_responses_is_another_loss_exactly_when_declared(name: str) -> None:
+    """A step evaluated as two halves, each with its mismatched responses, gives other values where coupled."""
+    rows = random_labelled(96, seed=16, mismatched=8)
+    for setting in settings(name):
+        halves = []
+        for part, strays in ((slice(48), slice(4)), (slice(48, None), slice(4, None))):
+            half = rows.map(lambda t, part=part: t[part])
+            alone = replace(half, stray=rows.stray[strays], stray_reference=rows.stray_reference[strays])
+            halves.append(setting.values(alone))
+        same = torch.allclose(torch.cat(halves), setting.values(rows), rtol=1e-12, atol=1e-13)
+        assert same == (not LOSSES[name].coupled)
+
+
+@EVERY_LOSS
 def test_every_knob_and_number_changes_value_and_gradient_of_labelled_responses(name: str) -> None:
     """No knob is silent, and nothing is remembered that is not used."""
     rows, state, later = random_labelled(50, seed=9), LOSSES[name].state(), ROWS[name].state

@@ -237,6 +237,16 @@ def test_pairs_mix_exactly_when_declared(name: str) -> None:
 
 
 @EVERY_LOSS
+def test_half_a_step_at_a_time_is_another_loss_exactly_when_declared(name: str) -> None:
+    """A step evaluated as two halves gives the values of the whole step exactly if the loss is not coupled."""
+    points = random_points(96, seed=16)
+    for setting in settings(name):
+        halves = [setting.values(points.map(lambda t, part=part: t[part])) for part in (slice(48), slice(48, None))]
+        same = torch.allclose(torch.cat(halves), setting.values(points), rtol=1e-12, atol=1e-13)
+        assert same == (not LOSSES[name].coupled)
+
+
+@EVERY_LOSS
 def test_a_response_in_three_pairs_gets_the_sum_of_three_gradients(name: str) -> None:
     """Over index pairs the gradient of a response is the signed sum of its pairs' weights, each counted once."""
     g = torch.Generator().manual_seed(8)
