@@ -5,7 +5,8 @@ Each is a function of the lesson's series, drawn by the name it has in `FIGURES`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,27 +47,28 @@ class _Drawing:
 
 def inline(name: str, series: Series) -> str:
     """Figure `name` as an `<svg>` element whose colours are the page's variables."""
-    return svg(_figure(name, series, VARIABLES), f"fig-{name}", FIGURES[name].alt)
+    with _drawn(name, series, VARIABLES) as figure:
+        return svg(figure, f"fig-{name}", FIGURES[name].alt)
 
 
 def save(name: str, series: Series, folder: Path) -> None:
     """Write `FOLDER/name.svg` and `FOLDER/name.png`, in light colours on white, without a date."""
-    figure = _figure(name, series, LIGHT)
-    figure.set_facecolor("white")
-    with matplotlib.rc_context(STYLE):
+    with _drawn(name, series, LIGHT) as figure:
+        figure.set_facecolor("white")
         FigureCanvasSVG(figure).print_svg(folder / f"{name}.svg", metadata={"Date": None, "Title": FIGURES[name].alt})
-    figure.set_dpi(200)
-    FigureCanvasAgg(figure).print_png(folder / f"{name}.png", metadata={"Software": None})
+        figure.set_dpi(200)
+        FigureCanvasAgg(figure).print_png(folder / f"{name}.png", metadata={"Software": None})
 
 
-def _figure(name: str, series: Series, colours: Colours) -> Figure:
+@contextmanager
+def _drawn(name: str, series: Series, colours: Colours) -> Iterator[Figure]:
+    """The figure, inside its style: matplotlib makes ticks only when it prints."""
     real = {stand_in: colours[variable] for variable, stand_in in VARIABLES.items()}
     style = {key: real.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=FIGURES[name].size, layout="constrained")
         FIGURES[name].draw(figure, series, colours)
-        figure.draw_without_rendering()
-    return figure
+        yield figure
 
 
 def _say(axes: Axes, text: str, at: tuple[float, float], colour: str, **more: Any) -> None:
@@ -84,7 +86,8 @@ def _simplex(figure: Figure, s: Series, c: Colours) -> None:
     levels = [min(s["simplex.j"]) + (max(s["simplex.j"]) - min(s["simplex.j"])) * (i / 12) ** 0.6 for i in range(13)]
     x, y = place(s["simplex.b"], s["simplex.c"])
     shades = [(c["chosen"], 0.03 + 0.035 * i) for i in range(12)]
-    axes.tricontourf(x, y, s["simplex.j"], levels=levels, colors=shades)
+    field = axes.tricontourf(x, y, s["simplex.j"], levels=levels, colors=shades)
+    field.set_clip_on(False)  # a clip path would be named after an address in memory
     axes.plot([0, 1, 0.5, 0], [0, 0, 0.866, 0], color=c["muted"], linewidth=1)
     axes.plot(*place(s["path.b"], s["path.c"]), color=c["rejected"], linewidth=1.8)
     start, end = place(s["mark.b"], s["mark.c"])[0], place(s["mark.b"], s["mark.c"])[1]

@@ -103,7 +103,7 @@ def steps_of(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Problem, 
     first = Problem("max", lambda p: objective(p, ref_logps, rewards, beta))
     return first, (
         Step(
-            "times -1: max becomes min", "min beta KL(pi || pi_ref) - E r", negate,
+            "times -1, max becomes min", "min beta KL(pi || pi_ref) - E r", negate,
             lambda p: beta * kl_divergence(p, ref_logps) - expected_reward(p, rewards),
         ),
         Step(
@@ -180,9 +180,10 @@ def optimum(problem: Problem, k: int, *, max_steps: int = 200) -> Tensor:
     kkt[:k, k] = kkt[k, :k] = 1.0
     for _ in range(max_steps):
         slope, kkt[:k, :k] = _derivatives(value, pi)
-        step = torch.linalg.solve(kkt, torch.cat([-slope, slope.new_zeros(1)]))[:k]
-        if float(step @ kkt[:k, :k] @ step) < 0:
-            raise RunError(f"no {problem.sense}imum inside the simplex: the problem curves the wrong way")
+        solved, problem_is_flat = torch.linalg.solve_ex(kkt, torch.cat([-slope, slope.new_zeros(1)]))
+        step = solved[:k]
+        if problem_is_flat or float(step @ kkt[:k, :k] @ step) < 0:
+            raise RunError(f"no {problem.sense}imum inside the simplex: the problem is flat, or curves the wrong way")
         size = min(1.0, float(torch.where(step < 0, -0.99 * pi / step, torch.inf).min()))
         if float(step.abs().sum()) > 1e-6:  # below, rounding hides the fall of the value, and Newton needs no help
             while size > 1e-12 and not value(pi + size * step) < value(pi):

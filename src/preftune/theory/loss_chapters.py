@@ -191,7 +191,7 @@ def gradient() -> Chapter:
     (slope,) = torch.autograd.grad(dpo(_pairs(log_u, torch.zeros_like(log_u)), beta=beta).sum(), log_u)
     drawn = [-8 + i / 5 for i in range(81)]
     small = float(dpo(_pairs(_f64(5.0), _f64(0.0)), beta=1e-3))
-    columns = ("`r_w - r_l`", "`beta sigma(r_l - r_w)`", "by autograd", "appendix: `beta sigma(r_w - r_l)`")
+    columns = ("`r_w - r_l`", "`beta sigma(r_l - r_w)`", "by autograd", "appendix, `beta sigma(r_w - r_l)`")
     return Chapter(
         "gradient", "The gradient", "-grad L = beta s(r_l - r_w) [grad log pi(y_w|x) - grad log pi(y_l|x)]",
         (
