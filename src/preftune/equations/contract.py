@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -131,11 +132,13 @@ class BoundLoss:
         return {name: self.knobs[name] for name in _keywords(function)}
 
 
+@cache
 def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(function).parameters.items()
     return {name: p for name, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+@cache
 def _marks(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
     hints = get_type_hints(function, include_extras=True)
     return {name: hints[name].__metadata__ for name in _keywords(function)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from preftune.tensors import LabelledLogps, ListLogps, PairLogps, ResponseLogps,
 
 __all__ = ["read_preferences"]
 
+AT_ONCE = 1024
 _READS: dict[type, Offer] = {PairLogps: "pairs", ListLogps: "rankings", LabelledLogps: "labels"}
 _LACKS: dict[Offer, str] = {
     "pairs": "compares no two responses; choose a loss of single labelled responses (kto, bco), or data with pairs",
@@ -43,20 +45,25 @@ def read_preferences(
             sets[i], cut = with_mismatched(groups, seed=cfg.seed, max_length=cfg.max_length) if groups else ([], 0)
             if cut:
                 run.note(f"{cut} of {len(groups)} mismatched responses are cut to max_length")
-    for group in (*sets[0], *sets[1]):
-        _try_out(objective, group)
+    for groups in sets:
+        for start in range(0, len(groups), AT_ONCE):
+            _try_out(objective, groups[start : start + AT_ONCE])
     return sets[0], sets[1]
 
 
 @torch.no_grad()
-def _try_out(objective: Objective, group: TokenGroup) -> None:
-    """The objective on a row as if at the start: what it cannot take is refused now, not in the middle of training."""
-    lengths = torch.tensor([len(response) for response in group.responses])
-    zero_C = torch.zeros(int(lengths.sum()))
+def _try_out(objective: Objective, groups: Sequence[TokenGroup]) -> None:
+    """The objective on rows as if at the start: what it cannot take is refused now, not in the middle of training."""
+    lengths = torch.tensor([len(response) for group in groups for response in group.responses])
+    one_C = torch.ones(int(lengths.sum()))
     logps = ResponseLogps.from_tokens(
-        zero_C - 1, lengths, zero_C - 1, divergence_C=zero_C, alignment_C=zero_C, keep_tokens=True
+        -one_C, lengths, -one_C, divergence_C=0 * one_C, alignment_C=0 * one_C, keep_tokens=True
     )
     try:
-        objective.evaluate(logps, [group], objective.initial_state())
+        objective.evaluate(logps, groups, objective.initial_state())
     except ValueError as problem:
-        raise DataError(f"{group.origin}: {problem}") from None
+        if len(groups) == 1:
+            raise DataError(f"{groups[0].origin}: {problem}") from None
+        for group in groups:
+            _try_out(objective, [group])
+        raise
