@@ -17,8 +17,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 
 def fences(text: str, language: str = "") -> list[str]:
-    """The contents of fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    """The contents of fenced blocks of one language; all blocks are matched, because an end looks like a start."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for named, block in blocks if re.fullmatch(language, named)]
 
 
 def commands(text: str) -> list[str]:
