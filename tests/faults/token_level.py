@@ -63,6 +63,13 @@ FAULTS = [
         f"{DENSE} -k definition",
     ),
     Fault(
+        "tdpo: two rounded logsumexps are subtracted",
+        DISTRIBUTIONS,
+        "gap / ref_total + (highest - ref_highest) + (total.log() - ref_total.log())",
+        "gap / ref_total + lse - ref_lse",
+        f"{DENSE} -k level_of_the_logits",
+    ),
+    Fault(
         "wpo: the weight is differentiated",
         LOSS,
         "(A_w + A_l).detach()",
