@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from preftune import cli
+from preftune.equations.losses import LOSSES
 from preftune.errors import DataError
 from preftune.recipes import dpo
+from preftune.recipes.loss_terms import NAMED, parse_loss
 from preftune.recipes.reference import LiveReference
 
 
@@ -40,8 +44,37 @@ def labels_file(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="module")
+def scored_file(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 prompts with three scored responses each: what every loss can read."""
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()][:16]
+    path = tmp_path_factory.mktemp("scored") / "scored.jsonl"
+    with path.open("w") as file:
+        for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
+            for score, text in ((2.0, row["chosen"]), (0.5, row["rejected"]), (0.25, other["rejected"] + " cat")):
+                file.write(json.dumps({"prompt": row["prompt"], "response": text, "score": score}) + "\n")
+    return path
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *NAMED])
+def test_every_loss_trains_from_the_command_line(
+    loss: str, tiny_model_folder: Path, scored_file: Path, tmp_path: Path
+) -> None:
+    """`preftune dpo --loss NAME` certifies its start, takes its steps and evaluates, for every name there is."""
+    flags = {"model": tiny_model_folder, "data": scored_file, "out": tmp_path / "run", "loss": loss}
+    more = {"max_length": 128, "max_steps": 2, "batch_size": 12, "dtype": "float32", "tokens_per_batch": 256}
+    assert cli.main(["dpo", *(part for key, value in (flags | more).items() for part in (f"--{key}", str(value)))]) == 0
+    card = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert card["status"] == "done" and card["results"]["steps"] == 2
+    certified = any("step-0 certificate" in note for note in card["notes"])
+    assert certified == any("reference" in LOSSES[term.loss].needs for term in parse_loss(loss))
+    assert all(math.isfinite(value) for value in losses(tmp_path / "run"))
+    start = load_file(tiny_model_folder / "model.safetensors")
+    assert any(not torch.equal(start[name], weight) for name, weight in weights(tmp_path / "run").items())
 
 
 @pytest.mark.parametrize("loss", ["bco_pair", "beta_dpo", "mpo", "dpo_that_moves"])
