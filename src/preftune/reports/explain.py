@@ -82,14 +82,19 @@ def _powers(text: str) -> Markup:
     """10^47.01 and 8.3e-17 with raised exponents, a true minus sign."""
     found = re.fullmatch(r"(-?)(?:([\d.]+)e|10\^)([+-]?)0*(\d[\d.]*)", text)
     if found is None:
-        return escape(re.sub(r"^-(?=\d)", "\u2212", text))
+        return _minus(text)
     sign, mantissa, exponent_sign, exponent = found.groups()
     times = Markup("{} \u00d7 ").format(mantissa) if mantissa else ""
     minus = "\u2212" if exponent_sign == "-" else ""
     return Markup("{}{}10<sup>{}{}</sup>").format("\u2212" if sign else "", times, minus, exponent)
 
 
+def _minus(text: str) -> Markup:
+    """A negative number with a true minus sign; other text as it is."""
+    return escape(re.sub(r"^-(?=\d)", "\u2212", text))
+
+
 def _label(text: str) -> Markup:
     """Words as they are, what stands in backticks as a formula."""
-    words = text.split("`")
-    return Markup("").join(mathml(part) if i % 2 else escape(part) for i, part in enumerate(words))
+    parts = (mathml(part) if i % 2 else _minus(part) for i, part in enumerate(text.split("`")))
+    return Markup("").join(parts)
