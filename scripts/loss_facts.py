@@ -1,4 +1,4 @@
-"""Writes src/preftune/recipes/loss_facts.py from `preftune.equations.losses`: `python scripts/loss_facts.py`.
+"""The text of src/preftune/recipes/loss_facts.py, from `preftune.equations.losses`; `losses.py` writes it.
 
 A config is checked before torch is imported, so it cannot ask the losses themselves; tests compare the two.
 """
@@ -15,7 +15,7 @@ from preftune.tensors import LabelledLogps, ListLogps, PairLogps
 TARGET = Path(__file__).resolve().parents[1] / "src/preftune/recipes/loss_facts.py"
 NAMES = {"> 0": "POSITIVE", ">= 0": "NON_NEGATIVE", "in [0, 0.5)": "SMOOTHING"}
 READS = {PairLogps: "pairs", ListLogps: "rankings", LabelledLogps: "labels"}
-HEAD = '''"""What a config knows about the losses, free of torch; written by scripts/loss_facts.py, a test compares."""
+HEAD = '''"""What a config knows about the losses, free of torch; written by scripts/losses.py, a test compares."""
 
 from __future__ import annotations
 
@@ -71,7 +71,3 @@ def facts() -> str:
 def _written(value: Range) -> str:
     low, high = ("float('-inf')" if math.isinf(value.low) else repr(value.low)), repr(value.high)
     return f"Range({low}{'' if math.isinf(value.high) else f', {high}'}{', closed=True' if value.closed else ''})"
-
-
-if __name__ == "__main__":
-    TARGET.write_text(facts())

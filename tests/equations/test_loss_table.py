@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from preftune.equations.losses import LOSSES
 from preftune.errors import ConfigError
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "losses.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_knobs_are_the_losses_own_defaults() -> None:
@@ -110,16 +111,48 @@ def test_ends_of_the_ranges_belong_where_they_should() -> None:
     }
 
 
-def test_documentation_states_the_table() -> None:
-    """docs/losses.md has one row per loss with its knobs, defaults, constant and learning rate as they are."""
-    rows = {}
-    for line in DOCS.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| `"):
-            rows[cells[0].strip("`")] = cells
-    assert list(rows) == list(LOSSES)
-    for name, loss in LOSSES.items():
-        knobs = ", ".join(f"`{knob} = {value:g}`" for knob, value in loss.knobs().items())
-        start = loss.bind().at_start()
-        constant = "depends on the data" if start is None else f"{start:.4g}"
-        assert rows[name][2:] == [knobs, constant, f"{loss.learning_rate:.0e}".replace("e-0", "e-")]
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """scripts/losses.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("losses")
+
+
+def test_the_page_and_its_figures_are_what_the_losses_say(script: Any) -> None:
+    """docs/losses.md and the curves are, byte for byte, what `python scripts/losses.py` would write now."""
+    assert script.PAGE.read_text(encoding="utf-8") == script.page()
+    assert {path.stem for path in script.FIGURES.iterdir()} == set(LOSSES)
+    for name in LOSSES:
+        drawn = script.figure(name)
+        assert (script.FIGURES / f"{name}.svg").read_text(encoding="utf-8") == drawn, name
+        assert not re.search(r"[ ,](nan|-?inf)", drawn), name
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("L = -log s(z): ", "The loss: "),
+        ("L = -log s(z): ", "L = -log s(z), "),
+        ("Addresses: ", ""),
+        ("Reads: ", ""),
+        ("Source: ", "See: "),
+        ("Reads: ", "Source: x.\n    Reads: "),
+    ],
+)
+def test_a_docstring_that_lacks_something_is_refused(
+    script: Any, monkeypatch: pytest.MonkeyPatch, good: str, bad: str
+) -> None:
+    """Formula, what it does, then Addresses, Reads, Elsewhere if anyone, Source, in this order."""
+    loss = LOSSES["dpo"]
+    whole = loss.function.__doc__ or ""
+    assert whole.count(good) == 1 and script.Entry.of(loss).formula == "-log s(z)"
+    monkeypatch.setattr(loss.function, "__doc__", whole.replace(good, bad))
+    with pytest.raises(ValueError, match=r"^dpo: wanted 'L = \.\.\.: \.\.\.', prose, Addresses, Reads"):
+        script.Entry.of(loss)
+
+
+def test_the_page_is_read_without_surprises(script: Any) -> None:
+    """Prose is no markup: losses and papers become links, stars and brackets stay; a loss does not link to itself."""
+    told = script.prose("as `dpo`, `ipo` or `tau` in [0, 1] * 2, arXiv 2305.18290 Eq. 7", "ipo")
+    link = "[arXiv 2305.18290](https://arxiv.org/abs/2305.18290) Eq. 7"
+    assert told == rf"as [`dpo`](#dpo), `ipo` or `tau` in \[0, 1\] \* 2, {link}"

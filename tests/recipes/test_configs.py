@@ -39,7 +39,7 @@ def refusal(**more: Any) -> str:
 
 
 def test_the_table_of_losses_is_the_real_one() -> None:
-    """What configs know about the losses without torch is what the losses say: `python scripts/loss_facts.py`."""
+    """What configs know about the losses without torch is what the losses say: `python scripts/losses.py`."""
     script = runpy.run_path(str(ROOT / "scripts" / "loss_facts.py"))
     assert ast.dump(ast.parse(Path(script["TARGET"]).read_text())) == ast.dump(ast.parse(script["facts"]()))
     for name, loss in LOSSES.items():

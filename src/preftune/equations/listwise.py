@@ -100,13 +100,14 @@ def _alone(rank: Tensor) -> Tensor:
 
 
 def lipo(lists: ListLogps, *, beta: Positive = 0.05) -> Tensor:
-    """L = sum_(psi_i > psi_j) |G_i - G_j| |1/D(k_i) - 1/D(k_j)| log(1 + e^(s_j - s_i)), G = 2^psi - 1, D = log(1 + k).
+    """L = sum_(psi_i > psi_j) |G_i - G_j| |1/D(k_i) - 1/D(k_j)| log(1 + e^(s_j - s_i)), G = 2^psi - 1, D = log(1 + k):
+    a pair counts as much as swapping its places would change the discounted gain.
 
-    k_i is the rank of y_i by the current s, 1 is largest, detached: a pair counts as much as swapping its places
-    would change the discounted gain. Responses that tie in s, all of them at the start, share their places: the
-    weight is its mean over their orders, so that no order in the file decides. Equal psi give no pair. psi is the
-    source's score and must lie in [0, 10], such as a win rate, a graded label or a rating; the gain is exponential
-    in its unit, so rescaling the scores is another loss. Two responses are `dpo` times a constant of theirs.
+    k_i is the rank of y_i by the current s, 1 is largest, detached. Responses that tie in s, all of them at the
+    start, share their places: the weight is its mean over their orders, so that no order in the file decides. Equal
+    psi give no pair. psi is the source's score and must lie in [0, 10], such as a win rate, a graded label or a
+    rating; the gain is exponential in its unit, so rescaling the scores is another loss. Two responses are `dpo`
+    times a constant of theirs.
 
     Addresses: all pairs of a ranking counting alike, the last places as much as the first.
     Reads: scores; sums over tokens; reference.
@@ -160,7 +161,7 @@ def _place_gaps(lists: ListLogps) -> Tensor:
 
 
 def exo_list(lists: ListLogps, *, beta: Positive = 0.1, beta_r: Positive = 0.1) -> Tensor:
-    """L = sum_i p_i (log p_i - log q_i) = KL(p || q), p = softmax(s), q = softmax(psi / beta_r).
+    """L = sum_i p_i (log p_i - log q_i) = KL(p || q), p = softmax(s), q = softmax(psi / beta_r): seeks the mode.
 
     The reverse KL of the optimal policy, on the K responses drawn: the direction RL minimises, which would rather
     leave a good response out than keep a bad one. Settles at pi_ref e^(psi / (beta beta_r)). The gradient vanishes

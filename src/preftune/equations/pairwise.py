@@ -60,7 +60,14 @@ def dpo(pairs: PairLogps, *, beta: Positive = 0.1) -> Tensor:
 
     beta is the strength of the KL penalty towards the reference in the RL problem that DPO solves; in the loss it
     only scales the margin, so it fixes the end point when labels are drawn from Bradley-Terry, and merely the speed
-    when every comparison has one certain outcome. Source: arXiv 2305.18290 Eq. 7, defaults of Appendix B.
+    when every comparison has one certain outcome: then stop early, or take a loss that settles.
+
+    Addresses: a reward model, a value function and sampling, all of which RL from preferences needs and this does not.
+    Reads: log-ratios summed over tokens.
+    Elsewhere: logits, and sums of log-probs, kept in bf16 by some tools turn most small differences into exactly 0;
+    the usual accuracy counts a tie as wrong, so a fresh policy has accuracy 0. Here sums are float32 or better, and a
+    tie counts one half. Appendix A.4 of the paper prints the weight's sigmoid with the opposite sign.
+    Source: arXiv 2305.18290 Eq. 7 (defaults of its Appendix B).
     """
     return -logsigmoid(beta * _gap(pairs))
 
@@ -118,7 +125,13 @@ def dpo_reward(responses: ResponseLogps, *, beta: float) -> Tensor:
 def cdpo(pairs: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.1) -> Tensor:
     """L = -(1 - e) log s(z) - e log s(-z), e = `label_smoothing`: cross-entropy to a label that is right with 1 - e.
 
-    Conservative DPO: settles at s(z) = 1 - e instead of pushing for ever; e = 0 is `dpo`.
+    Conservative DPO: settles at s(z) = 1 - e instead of pushing for ever, and pulls back a pair that went beyond;
+    e = 0 is `dpo`.
+
+    Addresses: wrong labels, and the overconfidence that labels which always agree teach.
+    Reads: log-ratios summed over tokens.
+    Elsewhere: at least one well-known trainer accepts `label_smoothing` and ignores it for this loss, without a word.
+    Here `dpo` has no such knob and refuses it; this loss has.
     Source: Mitchell, "A note on DPO with noisy preferences", 2023 (ericmitchell.ai/cdpo.pdf).
     """
     z = beta * _gap(pairs)
@@ -135,7 +148,11 @@ def robust(pairs: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing
     """L = [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e): its mean over labels flipped at rate e is DPO's clean loss.
 
     Robust DPO. Unbounded below: its slope tends to -beta e / (1 - 2e) instead of 0, so it never settles and needs
-    early stopping; e = 0 is `dpo`. Source: arXiv 2403.00409 Section 3.1, e of its Section 6.
+    early stopping; e = 0 is `dpo`.
+
+    Addresses: labels flipped at a known rate: on average the gradient is that of clean labels.
+    Reads: log-ratios summed over tokens.
+    Source: arXiv 2403.00409 Section 3.1 (e of its Section 6).
     """
     z = beta * _gap(pairs)
     return (label_smoothing * logsigmoid(-z) - (1 - label_smoothing) * logsigmoid(z)) / (1 - 2 * label_smoothing)
@@ -157,8 +174,14 @@ def robust_weights(
 def ipo(pairs: PairLogps, *, tau: Positive = 0.1) -> Tensor:
     """L = (D - 1/(2 tau))^2: a finite margin, 1/(2 tau) nats, even where every label is certain.
 
-    pi(y|x) is the probability of the whole response, so D sums over tokens, as the paper writes it; the
-    token-averaged form that some tools call IPO is `ipo_average`. tau is the strength of the KL penalty.
+    tau is the strength of the KL penalty. It does not assume that preferences come from a reward. Values are large,
+    25 at the start: read margins, not the loss.
+
+    Addresses: labels that agree every time, with which `dpo` forgets its reference.
+    Reads: log-ratios summed over tokens.
+    Elsewhere: pi(y|x) is the probability of the whole response, so D sums over tokens, as the paper writes it and
+    half of the tools do; the others average, which is `ipo_average`. Some write (beta D - 1/2)^2, the same minimiser
+    under a gradient beta^2 times as large.
     Source: arXiv 2310.12036 Eq. 17.
     """
     return (_gap(pairs) - 1 / (2 * tau)) ** 2
@@ -184,8 +207,14 @@ def ipo_average(pairs: PairLogps, *, tau: Positive = 1.0) -> Tensor:
     """L = (a/n_w - b/n_l - 1/(2 tau))^2: IPO on mean log-ratios per token; another loss, not another scale.
 
     The target is 1/(2 tau) nats per token: IPO's tau = 0.1 would ask for 5 of them, which no policy reaches, so the
-    default is ten times larger. Source: arXiv 2310.12036 Eq. 17 with the mean of the tokens' log-ratios, the
-    reading of several tools, said by them to be agreed with the authors.
+    default is ten times larger.
+
+    Addresses: length exploitation, beside what `ipo` addresses.
+    Reads: means of log-ratios per token.
+    Elsewhere: several tools give this the name and the tau of `ipo`, with which it pushes at nearly constant strength
+    for ever; one takes for the length the number of log-ratios that are not 0, which is 0/0 = NaN at the start.
+    Source: arXiv 2310.12036 Eq. 17 with the mean of the tokens' log-ratios, said by those tools to be agreed with the
+    authors.
     """
     return (_gap_per_token(pairs) - 1 / (2 * tau)) ** 2
 
@@ -207,8 +236,12 @@ def ipo_average_reward(responses: ResponseLogps, *, tau: float) -> Tensor:
 def hinge(pairs: PairLogps, *, beta: Positive = 0.05) -> Tensor:
     """L = max(0, 1 - z): only pairs whose margin is below 1/beta nats are pushed, all equally hard.
 
-    SLiC's hinge (arXiv 2305.10425) on log-ratios: the hinge-norm loss of RSO (arXiv 2309.06657), where beta is
-    called gamma and is 0.05.
+    RSO's hinge-norm loss: SLiC's hinge on log-ratios. beta is one over the margin asked for, in nats.
+
+    Addresses: pairs that are right already and yet go on pulling.
+    Reads: log-ratios summed over tokens.
+    Elsewhere: many tools call this SLiC, which has no reference and adds a likelihood term: `slic_hf`.
+    Source: arXiv 2309.06657, where beta is called gamma and is 0.05; arXiv 2305.10425.
     """
     return relu(1 - beta * _gap(pairs))
 

@@ -30,7 +30,8 @@ __all__ = ["LOSSES", "bco", "bco_update", "bco_weights", "kto", "kto_at_start", 
 def kto(
     responses: LabelledLogps, *, beta: Positive = 0.1, desirable: Positive = 1.0, undesirable: Positive = 1.0
 ) -> Tensor:
-    """L = w_D (1 - s(beta (r - z0))) or w_U (1 - s(beta (z0 - r))), z0 = max(0, mean mismatched log-ratio).
+    """L = w_D (1 - s(beta (r - z0))) or w_U (1 - s(beta (z0 - r))), z0 = max(0, mean mismatched log-ratio):
+    gain and loss against what the policy does on the whole, as people see them.
 
     w_D = `desirable` and w_U = `undesirable` are the paper's lambdas: it advises w_D n_D / (w_U n_U) in [1, 3/2] for
     n_D desirable and n_U undesirable rows. z0, without gradient, estimates KL(pi || pi_ref) once per step. The loss

@@ -126,7 +126,8 @@ def beta_dpo(
     spread: State = 0.0,
     step: State = 0.0,
 ) -> Tensor:
-    """L = -log s(beta_step D), beta_step = beta [1 + alpha (mean M - M_0)] over the pairs kept, M = beta D; others 0.
+    """L = -log s(beta_step D), beta_step = beta [1 + alpha (mean M - M_0)] over the pairs kept, M = beta D; others 0:
+    DPO with the step's own beta, outliers left out.
 
     A step whose pairs are already far apart gets a larger beta, hence a tighter rein. A share `keep` of the pairs
     is drawn without replacement with odds exp(-(M - M_0)^2 / (2 sigma^2)); M_0 = `threshold` and sigma = `spread`

@@ -1,4 +1,4 @@
-"""What a config knows about the losses, free of torch; written by scripts/loss_facts.py, a test compares."""
+"""What a config knows about the losses, free of torch; written by scripts/losses.py, a test compares."""
 
 from __future__ import annotations
 
