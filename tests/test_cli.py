@@ -81,7 +81,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path.write_text("beta: 0.5\nlr: 1e-5\n", encoding="utf-8")
     config = dpo("--config", str(path), "--beta", "0.2")
     assert (config.beta, config.lr) == (0.2, 1e-5)
-    with pytest.raises(ConfigError, match=r"^beta must be greater than 0, not '-1'$"):
+    with pytest.raises(ConfigError, match=r"^loss dpo: beta must be a number > 0, not -1.0$"):
         dpo("--config", str(path), "--beta", "-1")
 
 
