@@ -38,11 +38,18 @@ ONLY_IN = {
     "pyarrow": ("data/sources*", "data/files*"),
     "torch.distributed": ("engine/parallel.py", "engine/checkpoint.py"),
     "sqlalchemy": ("web/*",),
+    "alembic": ("web/*",),
+    "starlette": ("web/*",),
+    "uvicorn": ("web/*",),
+    "markdown_it": ("web/*",),
+    "nh3": ("web/*",),
+    "httpx": ("models/remote.py",),
     "matplotlib": ("reports/*",),
     "pydantic": ("recipes/configs.py", "recipes/settings.py", "web/*"),
     "yaml": ("cli.py",),
     **dict.fromkeys(("trl", "accelerate", "pickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"), ()),
-    **dict.fromkeys(("requests", "urllib.request", "http.client", "socket", "httpx", "wandb"), ()),
+    **dict.fromkeys(("requests", "urllib.request", "http.client", "wandb"), ()),
+    "socket": ("web/*",),
 }
 # Files that must run where torch is not installed.
 TORCH_FREE = (
