@@ -9,6 +9,8 @@ import torch
 from trl_oracle import ROWS, Oracle, fused, labelled, ours, pairs, rows_of, tables
 from trl_settings import MATCHES
 
+from preftune.recipes.loss_terms import parse_loss
+
 pytest.importorskip("trl", reason="trl is a development dependency")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -45,6 +47,25 @@ def test_online_dpo_is_dpo(trl: Oracle) -> None:
     policy, reference = tables()
     theirs = trl("OnlineDPO", ROWS, policy, reference, loss_type="sigmoid", beta=0.3)
     torch.testing.assert_close(theirs, ours("dpo", ROWS, policy, reference, beta=0.3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("rpo", {"loss_type": ["sigmoid", "sft"], "beta": 0.1}),
+        ("mpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.1}),
+    ],
+)
+def test_named_recipes_are_trls_sums(trl: Oracle, recipe: str, settings: dict[str, object]) -> None:
+    """RPO and MPO, at the start of BCO's running mean and one pair at a time as TRL's likelihood term asks."""
+    policy, reference = tables()
+    for row in ROWS:
+        theirs = trl("DPO", [row], policy, reference, **settings)
+        value, gradient = torch.zeros_like(theirs[0]), torch.zeros_like(theirs[1])
+        for term in parse_loss(recipe):
+            one = ours(term.loss, [row], policy, reference, **term.knobs)
+            value, gradient = value + term.coefficient * one[0], gradient + term.coefficient * one[1]
+        torch.testing.assert_close(theirs, (value, gradient), atol=1e-6, rtol=0)
 
 
 def test_the_rows_reach_every_branch() -> None:
