@@ -66,10 +66,10 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_its_row(
 
     values, calls, touched = BoundLoss.values, [0], []
 
-    def poisoned(self: BoundLoss, pairs: Any) -> Any:
+    def poisoned(self: BoundLoss, inputs: Any, state: Any = None) -> Any:
         calls[0] += 1
-        result = values(self, pairs)
-        return result * float("nan") if calls[0] == 4 else result  # the certificate asks once, then each step
+        result = values(self, inputs, state)
+        return result * float("nan") if calls[0] == 5 else result  # the dry run and the certificate ask once each
 
     class Watched(dpo.Loop):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
