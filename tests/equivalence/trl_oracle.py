@@ -151,7 +151,7 @@ class Oracle:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         tokenizer.pad_token_id = PAD
         config = config_class(
-            output_dir=str(self.folder / "trl"), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
+            output_dir=str(self.folder.parent / "trl"), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
             gradient_checkpointing=False, **settings,
         )  # fmt: skip
         row = {"prompt": "a", "chosen": " b", "rejected": " c"}
