@@ -130,7 +130,7 @@ class PackedBatch:
     """One micro-batch: what the model is fed, where completion tokens are predicted, and whose they are.
 
     Packed (`plan` given): one row `[1, N]`; every group is `[shared prefix | rest 1 | rest 2 ...]`, the last
-    token of a response is not fed, positions continue from the prefix for every response.
+    token of a response is not fed (unless `last_at` says where), positions continue from the prefix for every response.
     Padded (`plan` None): one row per response `[R, S]` with an ordinary `attention_mask`.
 
     Scored tokens are ordered by group, response, time; response r owns `lengths[r]` consecutive ones.
@@ -152,6 +152,8 @@ class PackedBatch:
     index: PairIndex
     groups: tuple[TokenGroup, ...]
     """The groups inside, for messages and for looking up cached reference log-probs."""
+    last_at: Tensor | None = None
+    """[R] int64: position of each response's last token, like `predict_at`; None where that token is not fed."""
 
     @property
     def real_tokens(self) -> int:
@@ -168,6 +170,7 @@ class PackedBatch:
             targets=self.targets.to(device),
             lengths=self.lengths.to(device),
             index=self.index.to(device),
+            last_at=None if self.last_at is None else self.last_at.to(device),
         )
 
 

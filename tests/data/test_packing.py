@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,6 +95,40 @@ def test_padded_rows_score_the_same_tokens_in_the_same_order(groups: list[TokenG
         assert torch.equal(getattr(padded, name), getattr(packed, name))
     for name in ("chosen", "rejected", "weight"):
         assert torch.equal(getattr(padded.index, name), getattr(packed.index, name))
+
+
+def one_longer(g: TokenGroup) -> TokenGroup:
+    """Every response followed by one more token: its last token is then fed, to predict that one."""
+    return replace(g, responses=tuple(np.append(r, np.int32(9)) for r in g.responses))
+
+
+@given(some_groups, st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_responses_fed_whole_are_fed_as_if_one_more_token_followed(groups: list[TokenGroup], packed: bool) -> None:
+    """Same tokens, positions and plan as the longer responses give; a response ends where the next is predicted."""
+
+    def rows(of: list[TokenGroup], feed_last: bool) -> PackedBatch:
+        return pack(of, feed_last=feed_last) if packed else pad(of, pad_id=7, feed_last=feed_last)
+
+    whole, longer = rows(groups, True), rows([one_longer(g) for g in groups], False)
+    assert whole.plan == longer.plan and longer.last_at is None
+    assert whole.input_ids.tolist() == longer.input_ids.tolist()
+    assert whole.position_ids.tolist() == longer.position_ids.tolist()
+    at = list(longer.predict_at.split(longer.lengths.tolist()))
+    assert whole.last_at is not None and whole.last_at.tolist() == [int(ends[-1]) for ends in at]
+    assert whole.predict_at.tolist() == [i for positions in at for i in positions[:-1].tolist()]
+    assert whole.lengths.tolist() == [len(r) for g in groups for r in g.responses]
+    assert [fed_tokens(g, feed_last=True) for g in groups] == [fed_tokens(one_longer(g)) for g in groups]
+
+
+@given(some_groups, st.integers(1, 60), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_the_budget_counts_the_last_tokens_that_are_fed(groups: list[TokenGroup], budget: int, packed: bool) -> None:
+    """Micro-batches of whole responses are those of responses one token longer."""
+    whole = micro_batches(groups, tokens_per_batch=budget, packed=packed, feed_last=True)
+    longer = micro_batches([one_longer(g) for g in groups], tokens_per_batch=budget, packed=packed)
+    assert [batch.input_ids.tolist() for batch in whole] == [batch.input_ids.tolist() for batch in longer]
+    assert all(batch.last_at is not None for batch in whole)
 
 
 def test_pairs_point_at_responses_of_the_whole_batch() -> None:

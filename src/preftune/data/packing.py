@@ -2,6 +2,7 @@
 
 A response of L tokens is fed without its last one (nothing is predicted from it): the fed sequence of response r is
 `s_r = prompt + response_r[:-1]`, and its L tokens are predicted at the positions `P - 1 ... P + L - 2` of `s_r`.
+What reads whole responses, a reward model, asks for the last one too: `feed_last`.
 
 Legend of shapes: N tokens in one packed row, R responses, S longest fed sequence, C scored tokens.
 """
@@ -22,25 +23,27 @@ from preftune.tensors import AttentionPlan, Ids, PackedBatch, PairIndex, Segment
 __all__ = ["StepPlan", "fed_tokens", "micro_batches", "pack", "pad"]
 
 
-def pack(groups: Sequence[TokenGroup]) -> PackedBatch:
+def pack(groups: Sequence[TokenGroup], *, feed_last: bool = False) -> PackedBatch:
     """One row: every group is `[shared prefix | rest 1 | rest 2 ...]`, its shared tokens computed once.
 
     The prefix is the longest common token prefix of the fed sequences and may run into the responses; shared
     response tokens are still scored once per response. Prefix and first rest are one causal segment; every further
     rest is a segment that also sees the prefix. A rest may be empty (one response continues another).
+    `feed_last`: responses are fed whole, and `last_at` says where each ends.
     """
     assert groups, "a batch holds at least one group"
     tokens: list[Ids] = []
     positions: list[NDArray[np.int64]] = []
     predict_at: list[NDArray[np.int64]] = []
+    last_at: list[int] = []
     segments: list[Segment] = []
     end = 0
     for group in groups:
-        first, prompt = end, len(group.prompt)
-        prefix = prompt + _shared(group.responses)
-        for r, response in enumerate(group.responses):
+        first, prompt, bodies = end, len(group.prompt), _bodies(group, feed_last)
+        prefix = prompt + _shared(bodies)
+        for r, (response, body) in enumerate(zip(group.responses, bodies, strict=True)):
             own_from = 0 if r == 0 else prefix  # the first response brings the prefix along
-            fed = np.concatenate((group.prompt, response[:-1]))[own_from:]
+            fed = np.concatenate((group.prompt, body))[own_from:]
             start, end = end, end + len(fed)
             tokens.append(fed)
             positions.append(np.arange(own_from, own_from + len(fed)))
@@ -48,15 +51,16 @@ def pack(groups: Sequence[TokenGroup]) -> PackedBatch:
                 segments.append(Segment(start, end) if r == 0 else Segment(start, end, first, first + prefix))
             at = np.arange(prompt - 1, prompt - 1 + len(response))
             predict_at.append(np.where(at < prefix, first + at, start + at - own_from))
-    return _batch(
-        groups, _row(tokens)[None], _row(positions)[None], _row(predict_at), AttentionPlan(tuple(segments), end)
-    )
+            last = prompt - 1 + len(response)
+            last_at.append(first + last if last < prefix else start + last - own_from)
+    plan, ends = AttentionPlan(tuple(segments), end), torch.tensor(last_at) if feed_last else None
+    return _batch(groups, _row(tokens)[None], _row(positions)[None], _row(predict_at), plan, last_at=ends)
 
 
-def pad(groups: Sequence[TokenGroup], *, pad_id: int) -> PackedBatch:
+def pad(groups: Sequence[TokenGroup], *, pad_id: int, feed_last: bool = False) -> PackedBatch:
     """One row per response, `pad_id` on the right: for architectures that cannot share, and the oracle of `pack`."""
     assert groups, "a batch holds at least one group"
-    fed = [np.concatenate((g.prompt, r[:-1])) for g in groups for r in g.responses]
+    fed = [np.concatenate((g.prompt, body)) for g in groups for body in _bodies(g, feed_last)]
     width = max(map(len, fed))
     input_ids = np.full((len(fed), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(input_ids)
@@ -67,18 +71,22 @@ def pad(groups: Sequence[TokenGroup], *, pad_id: int) -> PackedBatch:
     predict_at = [
         row * width + np.arange(p - 1, len(ids)) for row, (p, ids) in enumerate(zip(prompts, fed, strict=True))
     ]
-    position_ids = torch.arange(width).repeat(len(fed), 1)
-    return _batch(groups, torch.from_numpy(input_ids), position_ids, _row(predict_at), None, torch.from_numpy(mask))
+    last_at = None
+    if feed_last:  # nothing is predicted there
+        last_at, predict_at = _row([at[-1:] for at in predict_at]), [at[:-1] for at in predict_at]
+    rows, position_ids = torch.from_numpy(input_ids), torch.arange(width).repeat(len(fed), 1)
+    return _batch(groups, rows, position_ids, _row(predict_at), None, torch.from_numpy(mask), last_at=last_at)
 
 
-def fed_tokens(group: TokenGroup) -> int:
-    """Unique tokens the model is fed for a packed group: P plus every response without its last token, shared once."""
-    shared = _shared(group.responses)
-    return len(group.prompt) + shared + sum(len(r) - 1 - shared for r in group.responses)
+def fed_tokens(group: TokenGroup, *, feed_last: bool = False) -> int:
+    """Unique tokens the model is fed for a packed group: P plus what is fed of every response, shared tokens once."""
+    bodies = _bodies(group, feed_last)
+    shared = _shared(bodies)
+    return len(group.prompt) + shared + sum(len(body) - shared for body in bodies)
 
 
 def micro_batches(
-    groups: Sequence[TokenGroup], *, tokens_per_batch: int, packed: bool, pad_id: int = 0
+    groups: Sequence[TokenGroup], *, tokens_per_batch: int, packed: bool, pad_id: int = 0, feed_last: bool = False
 ) -> list[PackedBatch]:
     """The groups in as few batches of at most `tokens_per_batch` fed tokens as a greedy rule finds; always the same.
 
@@ -88,11 +96,14 @@ def micro_batches(
     """
     if tokens_per_batch < 1:
         raise ConfigError(f"tokens_per_batch must be at least 1, not {tokens_per_batch}")
-    bins = (
-        _best_fit(list(map(fed_tokens, groups)), tokens_per_batch) if packed else _by_length(groups, tokens_per_batch)
-    )
+    if packed:
+        bins = _best_fit([fed_tokens(group, feed_last=feed_last) for group in groups], tokens_per_batch)
+    else:
+        bins = _by_length(groups, tokens_per_batch, feed_last)
     members = [[groups[i] for i in bin_] for bin_ in sorted(map(sorted, bins))]
-    return [pack(m) if packed else pad(m, pad_id=pad_id) for m in members]
+    if packed:
+        return [pack(m, feed_last=feed_last) for m in members]
+    return [pad(m, pad_id=pad_id, feed_last=feed_last) for m in members]
 
 
 class StepPlan:
@@ -134,12 +145,17 @@ class StepPlan:
         return [self._groups[i] for i in self._order[start:end]]
 
 
-def _shared(responses: Sequence[Ids]) -> int:
-    """Length of the longest common prefix of the responses, each without its last token."""
-    n = min(map(len, responses)) - 1
+def _bodies(group: TokenGroup, feed_last: bool) -> list[Ids]:
+    """What is fed of each response: all of it, or all but its last token."""
+    return [response if feed_last else response[:-1] for response in group.responses]
+
+
+def _shared(bodies: Sequence[Ids]) -> int:
+    """Length of the longest common prefix."""
+    n = min(map(len, bodies))
     same = np.ones(n, dtype=bool)
-    for other in responses[1:]:
-        same &= responses[0][:n] == other[:n]
+    for other in bodies[1:]:
+        same &= bodies[0][:n] == other[:n]
     return n if same.all() else int(same.argmin())
 
 
@@ -157,9 +173,9 @@ def _best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def _by_length(groups: Sequence[TokenGroup], budget: int) -> list[list[int]]:
+def _by_length(groups: Sequence[TokenGroup], budget: int, feed_last: bool) -> list[list[int]]:
     """Longest first, so that rows of one batch are of similar length: rows x longest stays within the budget."""
-    longest = [len(g.prompt) + max(map(len, g.responses)) - 1 for g in groups]
+    longest = [len(g.prompt) + max(map(len, _bodies(g, feed_last))) for g in groups]
     bins: list[list[int]] = []
     rows = width = 0
     for item in sorted(range(len(groups)), key=lambda i: (-longest[i], i)):
@@ -182,6 +198,8 @@ def _batch(
     predict_at: Tensor,
     plan: AttentionPlan | None,
     attention_mask: Tensor | None = None,
+    *,
+    last_at: Tensor | None,
 ) -> PackedBatch:
     """Adds what `pack` and `pad` share: targets, lengths and pairs, ordered group, response, time."""
     responses = [r for g in groups for r in g.responses]
@@ -195,4 +213,5 @@ def _batch(
         lengths=torch.tensor([len(r) for r in responses]),
         index=PairIndex.of(groups),
         groups=tuple(groups),
+        last_at=last_at,
     )

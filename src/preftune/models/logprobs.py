@@ -20,7 +20,15 @@ from preftune.models.distributions import token_alignment, token_divergence
 from preftune.models.head import token_logprobs
 from preftune.tensors import Ids, PackedBatch
 
-__all__ = ["TOLERANCE", "TokenScores", "check_packing", "score", "score_tokens", "token_logprobs"]
+__all__ = [
+    "TOLERANCE",
+    "TokenScores",
+    "check_packing",
+    "hidden_states",
+    "score",
+    "score_tokens",
+    "token_logprobs",
+]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Allowed root mean square of log-prob differences, nats per token: a few times what rounding alone makes of them."""
@@ -161,8 +169,11 @@ class _HeadInputs:
         return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
 
 
-def _head_inputs(model: Any, batch: PackedBatch) -> _HeadInputs:
-    """One forward of the decoder; raises RunError when the model does not read the batch's plan."""
+def hidden_states(model: Any, batch: PackedBatch, at: Tensor) -> Tensor:
+    """[len(at), d] final hidden states at positions `at` of the flattened input: one forward below the head.
+
+    Raises RunError when the model does not read the batch's plan.
+    """
     if batch.plan is None:
         with own_attention(model):
             out = decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -175,7 +186,12 @@ def _head_inputs(model: Any, batch: PackedBatch) -> _HeadInputs:
                 f"{type(model).__name__} ignored who sees whom in a packed row; "
                 "pass it padded rows, or call models.attention.install, which says why it cannot pack"
             )
-    hidden_Cd = out.last_hidden_state.flatten(0, 1).index_select(0, batch.predict_at)
+    states: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, at)
+    return states
+
+
+def _head_inputs(model: Any, batch: PackedBatch) -> _HeadInputs:
+    hidden_Cd = hidden_states(model, batch, batch.predict_at)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise RunError(f"{type(model).__name__} has no linear vocabulary projection but {type(head).__name__}")
