@@ -17,11 +17,12 @@ from preftune.records import (
     Refusal,
     Response,
     RunCard,
+    SampledResponses,
     from_json,
     to_json,
 )
 
-GOOD = Response(text=" Blu\u00e9.\n", score=0.1, finished=False, provenance="m1")
+GOOD = Response(text=" Blu\u00e9.\n", score=0.1, finished=False, provenance="m1", logp=-3.25)
 BAD = Response(text="No")
 CHAT = (Message(role="user", content="Hi"), Message(role="assistant", content="Yes?"))
 RECORDS: list[Any] = [
@@ -29,11 +30,14 @@ RECORDS: list[Any] = [
     CHAT[0],
     RankedResponses(prompt=CHAT, responses=(GOOD, BAD), ranks=(2, 1), pairs=((1, 0),), weight=0.1, annotator="a"),
     RankedResponses(prompt="Hi", responses=(GOOD, BAD), ranks=(1, 1), origin="f:1"),
+    SampledResponses(prompt=CHAT, responses=(GOOD, BAD), origin="f:1", key="0f"),
+    SampledResponses(prompt="Hi", responses=(GOOD,)),
     Demonstration(prompt=CHAT, response=GOOD, weight=3.0, origin="f:2"),
     LabelledResponse(prompt=CHAT, response=GOOD, desirable=False, weight=2.5, annotator="ann", origin="f:3"),
     LabelledResponse(prompt="Hi", response=BAD, desirable=True),
     Refusal(origin="f:4", field="chosen", reason="is null"),
     Judgement(prompt="Hi", first=GOOD, second=BAD, outcome="both_bad", judge="rule"),
+    Judgement(prompt=CHAT, first=GOOD, second=BAD, outcome="second", judge="ann", strength=2, reason="It \u2260 true."),
     RunCard(stage="dpo", status="done", config={"beta": 0.1}, notes=("one", "two")),
 ]
 
@@ -63,3 +67,9 @@ def test_a_weight_is_a_finite_number_above_zero(weight: float) -> None:
     ):
         with pytest.raises(ValueError, match="f:1: weight must be a finite number > 0"):
             make()
+
+
+def test_a_prompt_without_responses_was_not_sampled() -> None:
+    """A line of samples that holds none names its place."""
+    with pytest.raises(ValueError, match="f:1: needs at least one response"):
+        SampledResponses(prompt="Hi", responses=(), origin="f:1")

@@ -22,6 +22,7 @@ __all__ = [
     "Refusal",
     "Response",
     "RunCard",
+    "SampledResponses",
     "from_json",
     "to_json",
 ]
@@ -49,7 +50,9 @@ class Response:
     finished: bool = True
     """False when the sampler stopped at its length limit: such an answer gets no end-of-sequence token."""
     provenance: str = ""
-    """Which model and sampler wrote it, free text."""
+    """Which model and sampler wrote it: one line of `key=value` words, or free text of the source."""
+    logp: float | None = None
+    """Log-prob of the whole response, end mark included, under the sampler that wrote it; nats, None when unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +82,22 @@ class RankedResponses:
         for chosen, rejected in self.pairs or ():
             if chosen == rejected or not (0 <= chosen < k and 0 <= rejected < k):
                 raise ValueError(f"{self.origin}: pair ({chosen}, {rejected}) needs two different positions below {k}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledResponses:
+    """One prompt with the responses one sampler wrote to it, in the order of their numbers, compared with nothing yet."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    origin: str = ""
+    """Where the prompt stands: `file:line`."""
+    key: str = ""
+    """Content hash of the prompt and the sampler's settings: what a continued file already holds."""
+
+    def __post_init__(self) -> None:
+        if not self.responses:
+            raise ValueError(f"{self.origin}: needs at least one response")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +151,10 @@ class Judgement:
     judge: str
     """Who decided: an annotator, a rule's name, a model."""
     origin: str = ""
+    strength: int | None = None
+    """How clear the preference is, on the judge's own scale, larger is clearer; None when nobody said."""
+    reason: str = ""
+    """Why, in the judge's words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +181,17 @@ class RunCard:
 
 _TYPES: dict[str, type] = {
     c.__name__: c
-    for c in (Message, Response, RankedResponses, Demonstration, LabelledResponse, Refusal, Judgement, RunCard)
+    for c in (
+        Message,
+        Response,
+        RankedResponses,
+        SampledResponses,
+        Demonstration,
+        LabelledResponse,
+        Refusal,
+        Judgement,
+        RunCard,
+    )
 }
 
 
@@ -186,8 +219,9 @@ def _restore(kind: type, values: dict[str, Any]) -> Any:
     for name in ("response", "first", "second"):
         if isinstance(values.get(name), dict):
             values[name] = Response(**values[name])
-    if kind is RankedResponses:
+    if "responses" in values:
         values["responses"] = tuple(Response(**r) for r in values["responses"])
+    if kind is RankedResponses:
         values["ranks"] = tuple(values["ranks"])
         if values.get("pairs") is not None:
             values["pairs"] = tuple((int(w), int(l)) for w, l in values["pairs"])
