@@ -86,7 +86,7 @@ class RankedResponses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledResponses:
-    """One prompt with the responses one sampler wrote to it, in the order of their numbers, compared with nothing yet."""
+    """One prompt with the responses one sampler wrote to it, in the order of their numbers; nothing is compared yet."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
