@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Interval", "mean_interval", "paired_bootstrap", "quantiles", "wilson"]
+__all__ = ["Interval", "calibration_error", "mean_interval", "paired_bootstrap", "quantiles", "share", "wilson"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,52 @@ def paired_bootstrap(
     upper = _two_sided(level)
     low, high = np.quantile(np.concatenate(means), (1 - upper, upper))
     return Interval(float(difference_n.mean()), float(low), float(high), len(difference_n))
+
+
+def share(successes: ArrayLike, level: float = 0.95, *, clusters: Sequence[object] | None = None) -> Interval:
+    """The mean of successes in [0, 1], ties as halves: Wilson's interval, or over `clusters` where items share one.
+
+    Raises ValueError as `wilson` and `paired_bootstrap` do.
+    """
+    success_n = _finite(successes)
+    if clusters is None or len(set(clusters)) == len(success_n):
+        return wilson(float(success_n.sum()), len(success_n), level)
+    return paired_bootstrap(success_n, np.zeros_like(success_n), level, clusters=clusters, resamples=2000)
+
+
+def calibration_error(
+    probabilities: ArrayLike,
+    outcomes: ArrayLike,
+    level: float = 0.95,
+    *,
+    bins: int = 10,
+    clusters: Sequence[object] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """ECE = sum over bins of n_b / n |mean outcome - mean probability|, with the bootstrap's percentile interval.
+
+    Outcomes are 0, 1 or between; `bins` of equal width cut [0, 1]. A sum of absolute values is biased upwards, its
+    bootstrap twice: a perfect forecast of n items spread over the bins has about sqrt(bins / n) / 3.
+    `clusters` as in `paired_bootstrap`. Raises ValueError on lengths that differ or a probability outside [0, 1].
+    """
+    forecast_n, outcome_n = _finite(probabilities), _finite(outcomes)
+    if len(forecast_n) != len(outcome_n) or forecast_n.min() < 0 or forecast_n.max() > 1:
+        raise ValueError("calibration needs as many probabilities in [0, 1] as outcomes")
+    bin_n = np.minimum((forecast_n * bins).astype(np.int64), bins - 1)
+    labels = range(len(forecast_n)) if clusters is None else clusters
+    position = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    owner_n = np.array([position[label] for label in labels])
+
+    def error(count_n: NDArray[np.float64]) -> float:
+        surplus_B = np.bincount(bin_n, weights=count_n * (outcome_n - forecast_n), minlength=bins)
+        return float(np.abs(surplus_B).sum() / count_n.sum())
+
+    rng, groups = np.random.default_rng(seed), len(position)
+    drawn = (np.bincount(rng.integers(groups, size=groups), minlength=groups) for _ in range(resamples))
+    upper = _two_sided(level)
+    low, high = np.quantile([error(count_G[owner_n].astype(np.float64)) for count_G in drawn], (1 - upper, upper))
+    return Interval(error(np.ones(len(owner_n))), float(low), float(high), len(owner_n))
 
 
 def _finite(values: ArrayLike) -> NDArray[np.float64]:

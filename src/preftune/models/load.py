@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,18 +46,29 @@ class LoadedModel:
     """What was decided or is worth knowing, one line each."""
 
 
-def load(name: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> LoadedModel:
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    kind: Any = AutoModelForCausalLM,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    may_miss: frozenset[str] = frozenset(),
+    may_drop: frozenset[str] = frozenset(),
+) -> LoadedModel:
     """The model and tokenizer of a folder, or of a hub repository; works offline for folders.
 
+    Another `kind` of head than a language model's is one of transformers' auto classes, with `settings` of its
+    configuration; the weights of `may_miss` may then be absent (the caller draws them), those of `may_drop` left over.
     Raises ArtifactError, one line, when something is absent, unsafe, of another architecture, has weights that are
     missing, left over or of another shape, or a tokenizer with more entries than the model has embeddings.
     """
     folder = locate(name)
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
             dropouts = _without_dropout(config)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -69,7 +81,8 @@ def load(name: str | Path, *, dtype: torch.dtype, device: torch.device | str = "
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: the model cannot be read: {_first_line(error)}") from error
         tokenizer = load_tokenizer(folder)
-    _refuse_incomplete(folder, info)
+    known = {"missing_keys": may_miss, "unexpected_keys": may_drop}
+    _refuse_incomplete(folder, {what: set(found) - known.get(what, set()) for what, found in info.items()})
     rows, entries = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values(), default=-1) + 1
     if entries > rows:
         raise ArtifactError(
@@ -82,7 +95,7 @@ def load(name: str | Path, *, dtype: torch.dtype, device: torch.device | str = "
     notes = []
     if dropouts:
         notes.append(f"dropout {max(dropouts):g} set to 0: preference losses compare exact log-probabilities")
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None and kind is AutoModelForCausalLM:
         notes.append("no pad token: not needed")
     return LoadedModel(
         model=model.eval().to(device),

@@ -21,7 +21,7 @@ from preftune.equations.stats import mean_interval, quantiles, wilson
 from preftune.errors import NotFinite
 from preftune.tensors import LabelledLogps, ListLogps, PackedBatch, PairIndex, PairLogps, ResponseLogps, TokenGroup
 
-__all__ = ["PreferenceMeter", "TokenMeter", "token_weights"]
+__all__ = ["Collected", "PreferenceMeter", "TokenMeter", "speed", "token_weights"]
 
 _UNITS = {PairLogps: "pair", ListLogps: "ranking", LabelledLogps: "label"}
 
@@ -37,8 +37,8 @@ class PreferenceMeter:
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self._terms = [_Collected(_UNITS[term.loss.loss.reads]) for term in objective.terms]
-        self._pairs, self._labelled, self._drift = _Collected("pair"), _Collected("label"), _Collected("response")
+        self._terms = [Collected(_UNITS[term.loss.loss.reads]) for term in objective.terms]
+        self._pairs, self._labelled, self._drift = Collected("pair"), Collected("label"), Collected("response")
         self._responses = 0
 
     def add(
@@ -73,7 +73,7 @@ class PreferenceMeter:
 
     def metrics(self, clock: Clock, batches: Sequence[PackedBatch]) -> dict[str, Any]:
         """Every number of a training step; `clock` has the seconds of its phases, `batches` what was computed."""
-        return self._numbers() | _speed(clock, batches, "pair", len(self._terms[0].owners))
+        return self._numbers() | speed(clock, batches, "pair", len(self._terms[0].owners))
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; loss and margin carry 95 % intervals, over prompts and over pairs."""
@@ -161,7 +161,7 @@ class TokenMeter:
     """The demonstrations of one optimizer step, or of one evaluation."""
 
     def __init__(self) -> None:
-        self._collected = _Collected("response")
+        self._collected = Collected("response")
         self._batches: list[PackedBatch] = []
 
     def add(self, batch: PackedBatch, values_C: Tensor) -> None:
@@ -180,7 +180,7 @@ class TokenMeter:
 
     def metrics(self, clock: Clock) -> dict[str, Any]:
         """Every number of a training step; `clock` has the seconds of its phases."""
-        return self._numbers() | _speed(clock, self._batches, "response", len(self._collected.owners))
+        return self._numbers() | speed(clock, self._batches, "response", len(self._collected.owners))
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; the loss, a ratio of sums, carries a 95 % interval over responses."""
@@ -197,7 +197,7 @@ class TokenMeter:
         return numbers | {"responses": len(total), "completion_tokens": int(length.sum())}
 
 
-class _Collected:
+class Collected:
     """Rows of numbers on the device, and where they came from."""
 
     def __init__(self, unit: str) -> None:
@@ -208,6 +208,7 @@ class _Collected:
         self._parts: list[Tensor] = []
 
     def add(self, owners: list[str], columns: tuple[Tensor, ...]) -> None:
+        """Columns [n] each, and the row each number belongs to; no value leaves the device yet."""
         self._parts.append(torch.stack([column.detach().float() for column in columns]))
         self.owners += owners
         self.rows += len(columns[0])
@@ -217,6 +218,7 @@ class _Collected:
         return torch.cat(self._parts, dim=1).double().cpu().numpy()
 
     def refuse_not_finite(self) -> None:
+        """Raise NotFinite, naming the rows, when the first column holds a NaN or an infinity."""
         values = self.table()[0]
         if np.isfinite(values).all():
             return
@@ -228,7 +230,8 @@ class _Collected:
         )
 
 
-def _speed(clock: Clock, batches: Sequence[PackedBatch], unit: str, rows: int) -> dict[str, float]:
+def speed(clock: Clock, batches: Sequence[PackedBatch], unit: str, rows: int) -> dict[str, float]:
+    """Tokens and rows per second, padding, and the shares of the phases, of what was computed in one step."""
     seconds, shares = clock.read()
     tokens, slots = sum(b.real_tokens for b in batches), sum(b.input_ids.numel() for b in batches)
     return {
