@@ -62,6 +62,7 @@ TORCH_FREE = (
     "data/files*",
     "recipes/configs.py",
     "recipes/settings.py",
+    "judges/*",
     "reports/*",
     "web/*",
 )

@@ -1,0 +1,68 @@
+"""A trained reward model as a scorer: what the judge `reward:RUN` asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from preftune.data.answers import answer_groups
+from preftune.data.packing import micro_batches
+from preftune.errors import ConfigError
+from preftune.judges.scores import Scorer
+from preftune.models.attention import install
+from preftune.models.reward_head import check_ends, check_rewards, load_reward_model, reward
+from preftune.records import Prompt, Response
+from preftune.tensors import PackedBatch, TokenGroup
+
+__all__ = ["load_scorer"]
+
+
+def load_scorer(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokens_per_batch: int = 8192,
+) -> Scorer:
+    """(prompt, response) -> reward, mean 0 on the reference samples of the run; larger is better, in nats of odds.
+
+    `folder` is a run of `preftune reward` or a model folder in the layout of `models.reward_head`. Texts are rendered
+    as in training; a reward does not depend on what else is asked. In every call packed rows are compared with each
+    sequence alone on the longest question. Raises ArtifactError when it is no reward model; when called, DataError for
+    a text that cannot be rendered and ConfigError for one longer than the model has positions.
+    """
+    model_folder = Path(folder) / "model" if (Path(folder) / "model" / "config.json").exists() else folder
+    loaded = load_reward_model(model_folder, dtype=dtype, device=device, trained=True)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    packed = install(model) is None
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+    def batches(groups: Sequence[TokenGroup]) -> list[PackedBatch]:
+        cut = micro_batches(
+            groups, tokens_per_batch=tokens_per_batch, packed=packed, pad_id=tokenizer.pad_token_id, feed_last=True
+        )
+        return [batch.to(device) for batch in cut]
+
+    @torch.no_grad()
+    def score(asked: Sequence[tuple[Prompt, Response]]) -> list[float]:
+        if not asked:
+            return []
+        groups, places = answer_groups(tokenizer, asked)
+        check_ends(model, groups)
+        tokens = [len(group.prompt) + max(map(len, group.responses)) for group in groups]
+        longest = groups[tokens.index(max(tokens))]
+        if max(tokens) > positions:
+            raise ConfigError(
+                f"{longest.origin} is {max(tokens)} tokens long, the reward model has {positions} positions"
+            )
+        check_rewards(model, batches([longest])[0])
+        cut = batches(groups)
+        values = torch.cat([reward(model, batch, centred=True) for batch in cut]).tolist()
+        owners = [(id(group), i) for batch in cut for group in batch.groups for i in range(len(group.responses))]
+        reward_of = dict(zip(owners, values, strict=True))
+        return [reward_of[id(groups[group]), i] for group, i in places]
+
+    return score
