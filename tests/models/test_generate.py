@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,9 +87,16 @@ def chi_square_excess(counts, law, n):
     return (sum((o - e) ** 2 / e for o, e in cells) - freedom) / math.sqrt(2 * freedom)
 
 
+def assert_same(these, those):
+    """Equal answers; sums of log-probs may differ in the last digits when the batch had another shape."""
+    flat = [list(itertools.chain(*answers)) for answers in (these, those)]
+    assert [replace(a, logp=None) for a in flat[0]] == [replace(a, logp=None) for a in flat[1]]
+    assert [a.logp for a in flat[0]] == pytest.approx([a.logp for a in flat[1]], abs=1e-9)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (1.6, 0.9)])
 def test_samples_follow_the_models_distribution(model, temperature, top_p):
-    """Frequencies of whole answers equal the enumerated law, for prompts of different length in one padded batch."""
+    """Frequencies of whole answers equal the enumerated law, and `logp` is its log, in a batch of unequal prompts."""
     n, prompts = 3000, ["1", "1 3 4 5 3"]
     answers = sample(
         model, Ids(), prompts, n=n, max_tokens=3, seed=0, batch_size=2 * n, temperature=temperature, top_p=top_p
@@ -98,6 +106,10 @@ def test_samples_follow_the_models_distribution(model, temperature, top_p):
         assert sum(exact.values()) == pytest.approx(1)
         counts = Counter((*(int(i) for i in a.text.split()), *([EOS] if a.finished else [])) for a in drawn)
         assert set(counts) <= set(exact)
+        for a in drawn:  # temperature 1 and top_p 1: the model's own log-prob
+            ids = (*(int(i) for i in a.text.split()), *([EOS] if a.finished else []))
+            assert a.logp == pytest.approx(math.log(exact[ids]), abs=1e-9)
+            assert a.provenance.endswith(f" tokens={len(ids)}")
         assert chi_square_excess(counts, exact, n) < 4
         assert len(set(counts)) > 5
 
@@ -110,17 +122,33 @@ def test_temperature_zero_takes_the_most_likely_token(model):
         with torch.no_grad():
             assert model(torch.tensor([ids])).logits[0, -1].argmax() == token
         ids.append(token)
-    assert answers[0].text == answers[1].text and len(ids) > 2
+    assert answers[0] == answers[1] and answers[0].logp == 0.0 and len(ids) > 2
 
 
 def test_the_same_seed_gives_the_same_answers_in_any_batch(model):
     """Answers depend on the seed, not on the batch size nor on the other prompts behind them."""
     prompts = ["1", "1 4", "1 3 5 3", "1 5", "1 3", "1 4 4"]
     whole = sample(model, Ids(), prompts, n=3, max_tokens=10, seed=7)
-    assert sample(model, Ids(), prompts, n=3, max_tokens=10, seed=7, batch_size=1) == whole
-    assert sample(model, Ids(), prompts[:2], n=3, max_tokens=10, seed=7) == whole[:2]
+    assert_same(sample(model, Ids(), prompts, n=3, max_tokens=10, seed=7, batch_size=1), whole)
+    assert_same(sample(model, Ids(), prompts[:2], n=3, max_tokens=10, seed=7), whole[:2])
+    assert_same(sample(model, Ids(), prompts[::-1], n=3, max_tokens=10, seed=7), whole[::-1])
     assert sample(model, Ids(), prompts, n=3, max_tokens=10, seed=8) != whole
     assert len({a.text for a in itertools.chain(*whole)}) > 10
+
+
+def test_answers_are_numbered_and_a_repeated_prompt_gets_further_ones(model):
+    """Answers 2 to 4 asked alone, or by giving the prompt a second time, are answers 2 to 4 of five."""
+    (five,) = sample(model, Ids(), ["1 3"], n=5, max_tokens=10, seed=7)
+    assert_same(sample(model, Ids(), ["1 3"], n=3, first=2, max_tokens=10, seed=7), [five[2:]])
+    assert_same(sample(model, Ids(), ["1 3", "1", "1 3"], n=2, max_tokens=10, seed=7)[::2], [five[:2], five[2:4]])
+
+
+def test_the_provenance_is_words_of_key_and_value(model):
+    """One line that tells model, settings and token count; a name with spaces stays one word."""
+    ((answer,),) = sample(model, Ids(), ["1 3"], max_tokens=1, top_p=0.5, seed=3, writer="my model")
+    words = dict(word.split("=") for word in answer.provenance.split())
+    wanted = {"temperature": "1", "top_p": "0.5", "max_tokens": "1", "seed": "3", "engine": "local", "tokens": "1"}
+    assert words == {"model": "my%20model", **wanted}
 
 
 def test_the_global_random_numbers_are_neither_read_nor_moved(model):

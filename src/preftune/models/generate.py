@@ -1,16 +1,21 @@
 """Sampling answers: y ~ pi(. | x), token by token, with a key-value cache.
 
-Every answer has random numbers of its own, a function of (seed, prompt's position, answer's number), and a token is
+Every answer has random numbers of its own, a function of (seed, prompt's tokens, answer's number), and a token is
 the inverse of the cumulative distribution at one of them. So the answers depend neither on the batch size nor on
-what else is in the batch (up to floating-point rounding of the model itself), and the global random numbers are
-neither read nor moved. A prompt is computed once for its n answers; a finished answer leaves the batch.
+what else is asked (up to floating-point rounding of the model itself), and the global random numbers are neither
+read nor moved. The prompt itself and not its position: a list of prompts may be reordered, extended or continued.
+A prompt is computed once for its n answers; a finished answer leaves the batch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -21,7 +26,7 @@ from preftune.errors import ConfigError
 from preftune.models.attention import own_attention
 from preftune.records import Prompt, Response
 
-__all__ = ["sample"]
+__all__ = ["encode", "sample"]
 
 
 def sample(
@@ -34,38 +39,72 @@ def sample(
     top_p: float = 1.0,
     max_tokens: int = 64,
     seed: int = 0,
+    first: int = 0,
+    writer: str = "",
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[Response]]:
-    """`n` answers to every prompt, in the order of the prompts.
+    """`n` answers to every prompt, in the order of the prompts, each with its log-prob under this very sampler.
 
     `temperature` divides the logits, 0 takes the most likely token; `top_p` keeps the smallest set of most likely
-    tokens whose probability reaches it. `max_tokens` ends an answer, which then is not `finished`; `batch_size`
-    counts answers; `progress` is told how many prompts were just answered. A text prompt is encoded by the tokenizer,
-    a conversation by its chat template. Texts hold no special tokens.
+    tokens whose probability reaches it. `max_tokens` ends an answer, which then is not `finished`. Answers are numbered
+    from `first`; where a prompt stands twice in the list, its second place gets the next `n`. `writer` names the
+    model in the provenance (none: its path); `batch_size` counts answers; `progress` is told how many prompts were
+    just answered. A text prompt is encoded by the tokenizer, a conversation by its chat template. Texts hold no
+    special tokens. `logp` is of the tempered and cut law, so at temperature 1 and top_p 1 it is log pi(y | x).
     Raises ConfigError on a value out of range or a prompt that leaves the model no room.
     """
     _check(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, batch_size=batch_size)
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
     _check_room(model, max(map(len, encoded), default=0), max_tokens)
     stops = _stop_ids(model, tokenizer)
-    writer = model.name_or_path or model.config.model_type
-    provenance = f"{writer}, temperature {temperature:g}, top_p {top_p:g}, seed {seed}"
+    name = quote(writer or model.name_or_path or model.config.model_type, safe="/:.-_")
+    settings = f"temperature={temperature:g} top_p={top_p:g} max_tokens={max_tokens} seed={seed} engine=local"
+    numbers = _numbers(encoded, first, n)
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers: list[list[Response]] = [[] for _ in prompts]
     at_once = max(1, batch_size // n)
     with _evaluation(model):
         for start in range(0, len(order), at_once):
             rows = order[start : start + at_once]
-            streams = [np.random.default_rng((seed, row, k)) for row in rows for k in range(n)]
+            streams = [_stream(seed, encoded[row], number) for row in rows for number in numbers[row]]
             uniforms = np.stack([stream.random(max_tokens) for stream in streams])
-            written = _continue(model, [encoded[row] for row in rows], n, uniforms, temperature, top_p, stops)
+            written, logps = _continue(model, [encoded[row] for row in rows], n, uniforms, temperature, top_p, stops)
             for position, ids in enumerate(written):
                 row, finished = rows[position // n], ids[-1] in stops
                 text = _text(tokenizer, encoded[row], ids[:-1] if finished else ids)
-                answers[row].append(Response(text=text, finished=finished, provenance=provenance))
+                provenance = f"model={name} {settings} tokens={len(ids)}"
+                logp = math.fsum(logps[position])
+                answers[row].append(Response(text=text, finished=finished, provenance=provenance, logp=logp))
             progress(len(rows))
     return answers
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The prompt's ids with what the tokenizer puts in front; what it would put behind (EOS) would end the prompt."""
+    if not isinstance(prompt, str):
+        messages = [{"role": message.role, "content": message.content} for message in prompt]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    bare, whole = (list(tokenizer(prompt, add_special_tokens=special)["input_ids"]) for special in (False, True))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    nothing = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return whole[: start + len(bare)] or [nothing]
+
+
+def _numbers(encoded: Sequence[Sequence[int]], first: int, n: int) -> list[range]:
+    """The numbers of the answers at every place of the list: a prompt's second place goes on where its first ended."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for ids in map(tuple, encoded):
+        numbers.append(range(first + seen[ids], first + seen[ids] + n))
+        seen[ids] += n
+    return numbers
+
+
+def _stream(seed: int, prompt: Sequence[int], number: int) -> np.random.Generator:
+    """The random numbers of one answer."""
+    content = hashlib.sha256(np.array(prompt, dtype="<i8").tobytes()).digest()
+    return np.random.default_rng((seed, int.from_bytes(content[:16], "little"), number))
 
 
 @contextmanager
@@ -89,8 +128,11 @@ def _continue(
     temperature: float,
     top_p: float,
     stops: frozenset[int],
-) -> list[list[int]]:
-    """The ids of n answers to each prompt, a stop id included where one was drawn; `uniforms` is [answers, tokens]."""
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The ids of n answers to each prompt, a stop id included where one was drawn, and the log-prob of each id.
+
+    `uniforms` is [answers, tokens].
+    """
     device = model.device
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -102,12 +144,14 @@ def _continue(
     mask, position = mask.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)
 
     written: list[list[int]] = [[] for _ in uniforms]
+    logps: list[list[float]] = [[] for _ in uniforms]
     alive = np.arange(len(uniforms))  # the answer behind every row of the batch
     for t in range(uniforms.shape[1]):
-        chosen = _draw(logits, torch.from_numpy(uniforms[alive, t]).to(device), temperature, top_p)
+        chosen, chosen_logps = _draw(logits, torch.from_numpy(uniforms[alive, t]).to(device), temperature, top_p)
         tokens = chosen.tolist()
-        for row, token in zip(alive, tokens, strict=True):
+        for row, token, logp in zip(alive, tokens, chosen_logps.tolist(), strict=True):
             written[row].append(token)
+            logps[row].append(logp)
         going = [i for i, token in enumerate(tokens) if token not in stops]
         if not going or t + 1 == uniforms.shape[1]:
             break
@@ -118,31 +162,22 @@ def _continue(
         mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), position + 1
         step = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}
         logits = model(input_ids=chosen[:, None], **step).logits[:, -1]
-    return written
+    return written, logps
 
 
-def _draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> Tensor:
-    """[B] token ids: the inverse of each row's cumulative distribution at its uniform in [0, 1)."""
-    if temperature == 0:
-        return logits_BV.argmax(-1)
+def _draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """[B] ids, the inverse of each row's cumulative distribution at its uniform in [0, 1), and their log-probs."""
+    if temperature == 0:  # one token has all the probability
+        return logits_BV.argmax(-1), torch.zeros(len(logits_BV), dtype=torch.float64)
     probs = torch.softmax(logits_BV.double() / temperature, dim=-1)
     if top_p < 1:
         ranked, index = probs.sort(dim=-1, descending=True, stable=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # drop what begins at or after the mass top_p
         probs = torch.zeros_like(probs).scatter(-1, index, ranked)
     cumulative = probs.cumsum(-1)
-    return torch.searchsorted(cumulative, (uniforms_B.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
-
-
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The prompt's ids with what the tokenizer puts in front; what it would put behind (EOS) would end the prompt."""
-    if not isinstance(prompt, str):
-        messages = [{"role": message.role, "content": message.content} for message in prompt]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
-    bare, whole = (list(tokenizer(prompt, add_special_tokens=special)["input_ids"]) for special in (False, True))
-    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    nothing = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return whole[: start + len(bare)] or [nothing]
+    total = cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, uniforms_B.double()[:, None] * total, right=True)
+    return chosen[:, 0], (probs.gather(-1, chosen) / total).log()[:, 0]
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
