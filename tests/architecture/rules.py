@@ -62,7 +62,8 @@ TORCH_FREE = (
     "data/files*",
     "recipes/configs.py",
     "recipes/settings.py",
-    "judges/*",
+    "judges/agreement.py",
+    "judges/contract.py",
     "reports/*",
     "web/*",
 )
