@@ -37,6 +37,13 @@ FAMILIES = {
 }
 """Module of `preftune.equations` -> heading, in the order of the page."""
 PARAGRAPHS = ("Addresses", "Reads", "Elsewhere", "Source")
+SPELLED = {
+    "alignment": "the policy's whole distributions",
+    "divergence": "both models' whole distributions",
+    "mismatched": "mismatched responses",
+    "tokens": "log-ratios of single tokens",
+}
+"""What `contract.Need` calls in one word, where that needs more."""
 ROWS = {PairLogps: "pairs", ListLogps: "rankings", LabelledLogps: "labelled responses"}
 
 
@@ -111,7 +118,7 @@ def _section(loss: Loss, entry: Entry) -> str:
     return "\n\n".join(
         [
             f"### `{loss.name}`",
-            f"    L = {entry.formula}",
+            equation(f"L = {entry.formula}"),
             about[0].upper() + about[1:],
             f"![Loss and gradient weight of {loss.name}](figures/losses/{loss.name}.svg)",
             "\n".join(f"- **{key}:** {text}" for key, text in facts.items()),
@@ -119,11 +126,23 @@ def _section(loss: Loss, entry: Entry) -> str:
     )
 
 
+def equation(text: str) -> str:
+    """A block of code; a long equation goes on below where a definition begins."""
+    first, *definitions = re.split(r"(?<=,) (?=[\w^]+ = )", text)
+    lines = [first]
+    for definition in definitions:
+        if len(f"{lines[-1]} {definition}") <= 90:
+            lines[-1] += f" {definition}"
+        else:
+            lines.append(definition)
+    return "\n".join(" " * (8 if i else 4) + line for i, line in enumerate(lines))
+
+
 def needs(loss: Loss, *, short: bool = False) -> str:
     """What must be given: rows, reference and more of `contract.Need`, whether it is coupled, what it remembers."""
     told = [ROWS[loss.reads].split()[0] if short else ROWS[loss.reads]]
     told += [] if loss.needs_reference else ["no reference"]
-    told += sorted(need for need in loss.needs if need != "reference")
+    told += [need if short else SPELLED.get(need, need) for need in sorted(loss.needs - {"reference"})]
     told += ["whole step"] * loss.coupled + ["state"] * (loss.update is not None and short)
     if not short:
         told += ["reference"] * loss.needs_reference
