@@ -1,7 +1,8 @@
 """How far a policy is from the optimum it should converge to, and what the data allow, all exact on enumerated laws.
 
 Legend: pi policy, ref reference, pi* = ref exp(u / beta) / Z the optimum for the utility u, h = log(pi* / ref).
-The last dimension holds the M responses, leading ones the prompts; `logps` are nats and sum to 1 over M.
+The last dimension holds the M responses, leading ones the prompts; `logps` are nats and sum to 1 over M. The reference
+gives every response a probability above 0: list only those that it can write.
 
 `beats` [..., M, M] is the label model: P(first of (i, j) is chosen), with beats[i, j] + beats[j, i] = 1. Pairs are two
 independent draws from the reference; two equal draws say nothing and are no pair.
@@ -99,8 +100,8 @@ class Coverage:
 
 
 def coverage(logps: Tensor, ref_logps: Tensor) -> Coverage:
-    """Both measures of pi / ref; responses impossible under both do not count. `logps`, `ref_logps` [..., M]."""
-    log_ratio = torch.where(logps.isneginf(), -math.inf, logps - ref_logps)
+    """Both measures of pi / ref; `logps`, `ref_logps` [..., M], and pi may hold a probability of 0."""
+    log_ratio = logps - ref_logps
     return Coverage(log_ratio.amax(-1).exp(), torch.exp(-torch.logsumexp(logps + log_ratio, -1)))
 
 
