@@ -121,6 +121,15 @@ class Store:
                 found.append(Task(id=number, item=item.blind, order=order))
             return found
 
+    def task(self, annotator: str, task_id: int) -> Task:
+        """A task this annotator was given, answered or not. Raises UnknownTask."""
+        query = select(tasks, items.c.content).join(items, items.c.id == tasks.c.item)
+        with self._database.reading() as connection:
+            row = connection.execute(query.where(tasks.c.id == task_id, tasks.c.annotator == annotator)).first()
+        if row is None:
+            raise UnknownTask(f"task {task_id} is not one of this annotator's; ask for the next tasks")
+        return task_from(row)
+
     def answer(self, annotator: str, task_id: int, answer: Answer, client_key: str) -> Event:
         """State the first answer to a task; when this returns, the answer is on disk.
 
