@@ -31,6 +31,7 @@ STAGES: Mapping[str, str] = {
     "inspect": "examine a data set as training would see it: counts, lengths, refused rows, decoded examples",
     "sft": "supervised fine-tuning on responses, or on the chosen side of pairs",
     "dpo": "Direct Preference Optimization on preference pairs",
+    "reward": "a reward model (Bradley-Terry or Plackett-Luce) on preference pairs or rankings",
 }
 """Stage -> what it does; its code is `recipes/STAGE.py`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 

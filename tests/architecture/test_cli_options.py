@@ -17,6 +17,7 @@ OPTIONS = {
     "inspect": f"{READING} pairs kind examples",
     "sft": TRAINING,
     "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix",
+    "reward": f"{TRAINING} pairs loss margin centering reference_samples",
 }
 
 

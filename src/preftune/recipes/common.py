@@ -42,15 +42,29 @@ class Batching:
     packed: bool
     pad_id: int
     device: torch.device
+    feed_last: bool = False
+    """Whether responses are fed whole, for what reads their last token."""
 
     def __call__(self, groups: Sequence[TokenGroup]) -> Iterator[PackedBatch]:
-        budget = self.tokens_per_batch
-        for batch in micro_batches(groups, tokens_per_batch=budget, packed=self.packed, pad_id=self.pad_id):
+        for batch in micro_batches(
+            groups,
+            tokens_per_batch=self.tokens_per_batch,
+            packed=self.packed,
+            pad_id=self.pad_id,
+            feed_last=self.feed_last,
+        ):
             yield batch.to(self.device)
 
-    def check(self, model: Any, groups: Sequence[TokenGroup]) -> None:
+    def check(
+        self,
+        model: Any,
+        groups: Sequence[TokenGroup],
+        *,
+        check: Callable[[Any, PackedBatch], float] = check_packing,
+    ) -> None:
         """Our log-probs equal those of each sequence alone, on the longest group and the first few, or the run stops.
 
+        `check` compares something else than log-probs.
         The longest is among them because a sliding window shows only in sequences that outgrow it. Raises ConfigError
         when it outgrows the model's positions, RunError when log-probs differ.
         """
@@ -63,17 +77,19 @@ class Batching:
                 f"set --max_length {positions} and say with --truncation what becomes of longer rows"
             )
         for batch in self([longest, *groups[:CHECKED]]):
-            check_packing(model, batch)
+            check(model, batch)
 
 
-def open_model(name: str, cfg: TrainingConfig, run: Run, *, role: str = "model") -> tuple[LoadedModel, Batching]:
-    """Load a model on the configured device and dtype, and decide between packed and padded rows."""
+def open_model(
+    name: str, cfg: TrainingConfig, run: Run, *, role: str = "model", read: Callable[..., LoadedModel] = load
+) -> tuple[LoadedModel, Batching]:
+    """`read` a model on the configured device and dtype, and decide between packed and padded rows."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[automatic if cfg.dtype == "auto" else cfg.dtype]
     if device.type == "cpu":
         keep_freed_memory()
-    loaded = load(name, dtype=dtype, device=device)
+    loaded = read(name, dtype=dtype, device=device)
     run.record(hashes={f"{role}_weights": loaded.weights_sha256, f"{role}_tokenizer": loaded.tokenizer_sha256})
     reason = install(loaded.model)
     rows = "packed rows" if reason is None else f"padded rows, because {reason}"

@@ -34,6 +34,7 @@ __all__ = [
     "Pairing",
     "QuickstartConfig",
     "Reading",
+    "RewardConfig",
     "SftConfig",
     "TrainingConfig",
     "sections",
@@ -263,6 +264,35 @@ class DpoConfig(Objective, Pairing, TrainingConfig):
     formats: ClassVar[Mapping[str, Layout]] = PREFERENCES
 
 
+class RewardConfig(Pairing, TrainingConfig):
+    """A reward model on preference pairs or rankings."""
+
+    formats: ClassVar[Mapping[str, Layout]] = {name: PREFERENCES[name] for name in PREFERENCES if name != "unpaired"}
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    loss: Literal["bt", "plackett_luce"] = Field("bt", description="Bradley-Terry of pairs, or whole rankings")
+    margin: float = Field(0, ge=0, description="lead asked of the chosen reward, nats per unit of the score gap")
+    centering: float = Field(0, ge=0, description="eta of eta (r_w + r_l)^2, which pulls rewards to mean 0")
+    reference_samples: str | None = Field(
+        None, min_length=1, description="samples whose mean reward becomes 0; none: all responses of --data"
+    )
+
+    @property
+    def unit(self) -> str:
+        """What has a loss of its own."""
+        return "pair" if self.loss == "bt" else "ranking"
+
+    def described(self) -> str:
+        """`bt(margin=0, centering=0.01)`."""
+        return f"{self.loss}(margin={self.margin:g}, centering={self.centering:g})"
+
+    @check(mode="after")
+    def _margin_is_of_pairs(self, info: ValidationInfo) -> Self:
+        if self.margin and self.loss != "bt":
+            raise refusal(info, "margin", f"margin is a lead in a pair; loss {self.loss} has none, leave it out")
+        return self
+
+
 class InspectConfig(Pairing, Reading):
     """Examine a data set as training would see it, and train nothing."""
 
@@ -302,6 +332,7 @@ CONFIGS: Mapping[str, type[Settings]] = {
     "inspect": InspectConfig,
     "sft": SftConfig,
     "dpo": DpoConfig,
+    "reward": RewardConfig,
 }
 """Stage -> what it may be told."""
 

@@ -1,0 +1,104 @@
+"""What training a reward model reports: the loss; on held-out pairs accuracy and calibration, by margin and length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from preftune.engine.clock import Clock
+from preftune.equations.stats import Interval, calibration_error, mean_interval, paired_bootstrap, share
+from preftune.recipes.meters import Collected, speed
+from preftune.tensors import PackedBatch
+
+__all__ = ["RewardMeter"]
+
+QUARTERS = 4
+
+
+class RewardMeter:
+    """The comparisons of one optimizer step, or of one evaluation; mean rewards are reported less `offset`."""
+
+    def __init__(self, unit: str, offset: float = 0.0) -> None:
+        self._unit, self._offset = unit, offset
+        self._loss, self._pairs = Collected(unit), Collected("pair")
+        self._prompts: list[bytes] = []
+
+    def add(self, batch: PackedBatch, rewards_R: Tensor, values: Tensor, weight: Tensor) -> None:
+        """Take in a micro-batch: rewards of its responses, values and weights of its pairs or rankings."""
+        per_pair = self._unit == "pair"
+        owners = [g.origin for g in batch.groups for _ in range(len(g.pairs) if per_pair else 1)]
+        self._loss.add(owners, (values, weight))
+        w, l = batch.index.chosen, batch.index.rejected
+        length = batch.lengths.to(rewards_R.dtype)
+        self._pairs.add([], (rewards_R[w], rewards_R[l], length[w], length[l]))
+        self._prompts += [g.prompt.tobytes() for g in batch.groups for _ in g.pairs]
+
+    def refuse_not_finite(self) -> None:
+        """Raise NotFinite, naming the rows, when a loss is NaN or infinite."""
+        self._loss.refuse_not_finite()
+
+    def metrics(self, clock: Clock, batches: Sequence[PackedBatch]) -> dict[str, Any]:
+        """Every number of a training step; `clock` has the seconds of its phases, `batches` what was computed."""
+        return self._numbers() | speed(clock, batches, self._unit, self._loss.rows)
+
+    def held_out(self) -> dict[str, Any]:
+        """Every number of an evaluation; those with `_low` and `_high` beside them carry 95 % intervals.
+
+        longest_wins          accuracy of preferring the response of more tokens: what length alone explains
+        brier                 mean (1 - p)^2, p = sigmoid(margin), the chance given to what was said; 1/4 is ignorance
+        ece                   calibration error of max(p, 1 - p), the confidence that the better scored response wins
+        accuracy_margin_1..4  accuracy in the quarters of |margin|, the least decided pairs first
+        accuracy_chosen_...   accuracy where the chosen response has more, fewer or as many tokens
+
+        Pairs of one prompt are drawn together. Accuracy among ties of the margin counts one half.
+        """
+        values, weight = self._loss.table()
+        loss = self._numbers()["loss"]
+        numbers = self._numbers() | _named("loss", mean_interval(loss + (values - loss) * weight / weight.mean()))
+        r_w, r_l, n_w, n_l = self._pairs.table()
+        return numbers | _pair_report(r_w - r_l, n_w - n_l, np.array(self._prompts, dtype=object))
+
+    def _numbers(self) -> dict[str, Any]:
+        values, weight = self._loss.table()
+        r_w, r_l, n_w, n_l = self._pairs.table()
+        return {
+            "loss": float((values * weight).sum() / weight.sum()),
+            "accuracy": float(_wins(r_w - r_l).mean()),
+            "reward_chosen": float(r_w.mean()) - self._offset,
+            "reward_rejected": float(r_l.mean()) - self._offset,
+            "reward_margin": float((r_w - r_l).mean()),
+            "length_chosen": float(n_w.mean()),
+            "length_rejected": float(n_l.mean()),
+            "pairs": len(r_w),
+        }
+
+
+def _pair_report(margin: NDArray[np.float64], longer: NDArray[np.float64], prompts: NDArray[Any]) -> dict[str, Any]:
+    """`margin` [T] chosen - rejected, nats; `longer` [T] the same of tokens; `prompts` [T] whose pairs they are."""
+    won, p = _wins(margin), 1 / (1 + np.exp(-margin))
+    clusters = prompts.tolist()
+    numbers = _named("accuracy", share(won, clusters=clusters))
+    numbers |= _named("longest_wins", share(_wins(longer), clusters=clusters))
+    numbers |= _named("brier", paired_bootstrap((1 - p) ** 2, np.zeros_like(p), clusters=clusters, resamples=2000))
+    numbers |= _named("ece", calibration_error(np.maximum(p, 1 - p), won, clusters=clusters))
+    quarter = np.argsort(np.argsort(np.abs(margin), kind="stable")) * QUARTERS // len(margin)
+    parts = {f"margin_{i + 1}": quarter == i for i in range(QUARTERS)}
+    parts |= {"chosen_longer": longer > 0, "chosen_shorter": longer < 0, "same_length": longer == 0}
+    for name, members in parts.items():
+        if members.any():
+            numbers |= _named(f"accuracy_{name}", share(won[members], clusters=prompts[members].tolist()))
+            numbers[f"pairs_{name}"] = int(members.sum())
+    return numbers
+
+
+def _wins(difference: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where positive, 1/2 where zero."""
+    return np.heaviside(difference, 0.5)
+
+
+def _named(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
