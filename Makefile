@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test check mutate format clean
 
 help:
 	@echo "make quickstart   the whole loop on a generated problem: CPU, a few minutes, ends with runs/quickstart/report.html"
 	@echo "make test         every test, on two processes"
 	@echo "make check        formatting, lint, types, architecture"
+	@echo "make mutate       plant every seeded fault; the tests must notice each"
 	@echo "make format       let ruff rewrite the formatting"
 	@echo "make clean        remove caches and builds; .venv and runs/ stay"
 
@@ -26,6 +27,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) tests/architecture
+
+mutate: $(VENV)/.dev
+	$(BIN)/python scripts/mutate $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
