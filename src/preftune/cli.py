@@ -30,6 +30,8 @@ STAGES: Mapping[str, str] = {
     "explain": "from the objective to the DPO loss, every line executed: a page with figures, or --text",
     "inspect": "examine a data set as training would see it: counts, lengths, refused rows, decoded examples",
     "sft": "supervised fine-tuning on responses, or on the chosen side of pairs",
+    "sample": "responses of a model, or of a server's, to prompts, with their log-probs; resumable, appendable",
+    "label": "which of two sampled responses is better: rules, reward models, language models or annotators decide",
     "dpo": "Direct Preference Optimization on preference pairs",
     "reward": "a reward model (Bradley-Terry or Plackett-Luce) on preference pairs or rankings",
 }

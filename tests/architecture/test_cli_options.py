@@ -16,6 +16,9 @@ OPTIONS = {
     "explain": "out text",
     "inspect": f"{READING} pairs kind examples",
     "sft": TRAINING,
+    "label": "samples judge out orders seed criteria allow_python",
+    "sample": "model prompts format allow_refused n temperature top_p max_tokens seed out batch_size dtype device "
+    "engine engine_model concurrency",
     "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix",
     "reward": f"{TRAINING} pairs loss margin centering reference_samples",
 }

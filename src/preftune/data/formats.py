@@ -110,6 +110,7 @@ def ranking(row: Fields) -> RankedResponses:
         ranks=ranks_from_scores([-rank for rank in ranks]),
         pairs=None if row.optional("pairs") is None else _positions(row, len(responses)),
         weight=row.weight(),
+        annotator=row.annotator(),
         origin=row.origin,
     )
 
@@ -306,7 +307,10 @@ PREFERENCES: dict[str, Layout] = {
         order="pairs",
     ),
     "ranking": Layout(
-        "prompt, responses, ranking[, pairs]", _has("prompt", "responses", "ranking"), each(ranking), order="ranking"
+        "prompt, responses, ranking[, pairs, weight, annotator]",
+        _has("prompt", "responses", "ranking"),
+        each(ranking),
+        order="ranking",
     ),
     "ultrafeedback": Layout(
         "instruction or prompt, completions (response and overall_score, score, fine-grained_score or annotations)",

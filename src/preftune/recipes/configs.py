@@ -18,6 +18,7 @@ from preftune.data.demonstrations import DEMONSTRATIONS
 from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import Layout
 from preftune.errors import ConfigError
+from preftune.recipes.loop_configs import LabelConfig, SampleConfig
 from preftune.recipes.loss_facts import LOSS_FACTS
 from preftune.recipes.loss_terms import NAMED, TermSpec, parse_loss
 from preftune.recipes.settings import Settings, not_one_of, refusal
@@ -28,6 +29,7 @@ __all__ = [
     "ExplainConfig",
     "Folder",
     "InspectConfig",
+    "LabelConfig",
     "Machine",
     "Objective",
     "Optimization",
@@ -35,6 +37,7 @@ __all__ = [
     "QuickstartConfig",
     "Reading",
     "RewardConfig",
+    "SampleConfig",
     "SftConfig",
     "TrainingConfig",
     "sections",
@@ -331,6 +334,8 @@ CONFIGS: Mapping[str, type[Settings]] = {
     "explain": ExplainConfig,
     "inspect": InspectConfig,
     "sft": SftConfig,
+    "sample": SampleConfig,
+    "label": LabelConfig,
     "dpo": DpoConfig,
     "reward": RewardConfig,
 }
