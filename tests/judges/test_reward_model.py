@@ -1,0 +1,84 @@
+"""A reward model as a scorer: the numbers of transformers, centred, whatever else is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from preftune.errors import ArtifactError, ConfigError, DataError
+from preftune.judges.contract import Comparison
+from preftune.judges.reward_model import load_scorer
+from preftune.judges.scores import ScoreJudge
+from preftune.models.load import save
+from preftune.models.reward_head import load_reward_model
+from preftune.records import Response
+
+ASKED = [
+    ("the cat", Response(text=" sat on the mat")),
+    ("a good answer", Response(text=" is short and true")),
+    ("the cat", Response(text=" ran", finished=False)),
+    ("the cat", Response(text=" sat on the mat and the dog ran to the park")),
+    ("the cat", Response(text=" sat on the mat")),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose model has a random head and an offset of 0.5."""
+    loaded = load_reward_model(tiny_model_folder, dtype=torch.float32)
+    loaded.model.config.reward_offset = 0.5
+    folder = tmp_path_factory.mktemp("run")
+    save(loaded.model, loaded.tokenizer, folder / "model", state=None, card="")
+    return folder
+
+
+def test_scores_are_those_of_transformers_less_the_offset(run: Path) -> None:
+    """In the order asked, an unfinished answer without end mark, from the run folder as from its model folder."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    theirs, tokenizer = (c.from_pretrained(run / "model") for c in (AutoModelForSequenceClassification, AutoTokenizer))
+    expected = []
+    for prompt, response in ASKED:
+        text = prompt + response.text + ("</s>" if response.finished else "")
+        with torch.no_grad():
+            expected.append(float(theirs(**tokenizer(text, return_tensors="pt")).logits) - 0.5)
+    for folder in (run, run / "model"):
+        assert load_scorer(folder)(ASKED) == pytest.approx(expected, abs=1e-5)
+    assert len({round(score, 4) for score in expected}) == 4, "equal scores would prove nothing"
+
+
+def test_a_score_does_not_depend_on_what_else_is_asked(run: Path) -> None:
+    """Alone, among others, in small batches or in another order: the same number to 1e-5."""
+    scorer, small = load_scorer(run), load_scorer(run, tokens_per_batch=20)
+    together = scorer(ASKED)
+    assert [scorer([one])[0] for one in ASKED] == pytest.approx(together, abs=1e-5)
+    assert scorer(ASKED[::-1]) == pytest.approx(together[::-1], abs=1e-5)
+    assert small(ASKED) == pytest.approx(together, abs=1e-5)
+    assert scorer([]) == []
+
+
+def test_the_judge_prefers_the_larger_reward(run: Path) -> None:
+    """The scorer is what `ScoreJudge` takes; the same text ties with itself."""
+    scorer = load_scorer(run)
+    first, second = scorer([ASKED[0], ASKED[3]])
+    sides = {"first": ASKED[0][1], "second": ASKED[3][1]}
+    better, same = ScoreJudge("reward:run", scorer)(
+        [
+            Comparison(prompt="the cat", **sides),
+            Comparison(prompt="the cat", first=sides["first"], second=sides["first"]),
+        ]
+    )
+    assert better.outcome == ("first" if first > second else "second") and same.outcome == "tie"
+
+
+def test_what_cannot_be_scored_is_refused(run: Path, tiny_model_folder: Path) -> None:
+    """A language model, an empty answer, and one that outgrows the model's positions."""
+    with pytest.raises(ArtifactError, match="is no reward model"):
+        load_scorer(tiny_model_folder)
+    scorer = load_scorer(run)
+    with pytest.raises(DataError, match="answer 1: response: is empty"):
+        scorer([("the cat", Response(text=""))])
+    with pytest.raises(ConfigError, match=r"answer 1 is \d+ tokens long, the reward model has 512 positions"):
+        scorer([("the cat", Response(text=" sat" * 600))])
