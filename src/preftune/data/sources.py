@@ -23,6 +23,7 @@ from preftune.data.fields import Row
 from preftune.data.files import TEXT_READERS, kind_of
 from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import Items, Layout, detect
+from preftune.data.prompts import PROMPTS
 from preftune.data.ranking import POLICIES, pair_positions
 from preftune.data.sources_arrow import open_hub, read_parquet
 from preftune.errors import ConfigError, DataError
@@ -41,7 +42,7 @@ class Source:
 
     name: str
     """What was asked for: a path, or a hub name."""
-    kind: Literal["preferences", "demonstrations"]
+    kind: Literal["preferences", "demonstrations", "prompts"]
     format: str
     """The layout, as detected or forced."""
     pairs: str
@@ -72,15 +73,15 @@ class Source:
 def open_source(
     path_or_hub_name: str | Path,
     *,
-    kind: Literal["preferences", "demonstrations"],
+    kind: Literal["preferences", "demonstrations", "prompts"],
     format: str = "auto",
     pairs: str = "all",
     seed: int = 0,
 ) -> Source:
     """The rows of a file, of all data files below a folder in sorted order, or of `name[:config][:split]` on the hub.
 
-    Demonstrations can be read from preferences too: the best response. Raises ConfigError on an unknown format or
-    pairs, DataError on what cannot be read or has no known layout.
+    Demonstrations can be read from preferences too: the best response; prompts from all of them. Raises ConfigError
+    on an unknown format or pairs, DataError on what cannot be read or has no known layout.
     """
     layouts = _layouts(kind)
     _check_name("format", format, ["auto", *layouts])
@@ -96,7 +97,7 @@ def open_source(
 
 
 def _layouts(kind: str) -> Mapping[str, Layout]:
-    return PREFERENCES if kind == "preferences" else DEMONSTRATIONS
+    return {"preferences": PREFERENCES, "demonstrations": DEMONSTRATIONS, "prompts": PROMPTS}[kind]
 
 
 def _check_name(key: str, value: str, allowed: list[str]) -> None:

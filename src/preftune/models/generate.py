@@ -26,7 +26,7 @@ from preftune.errors import ConfigError
 from preftune.models.attention import own_attention
 from preftune.records import Prompt, Response
 
-__all__ = ["encode", "sample"]
+__all__ = ["plan", "sample"]
 
 
 def sample(
@@ -55,18 +55,15 @@ def sample(
     Raises ConfigError on a value out of range or a prompt that leaves the model no room.
     """
     _check(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, batch_size=batch_size)
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    _check_room(model, max(map(len, encoded), default=0), max_tokens)
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    batches = _batches(model, encoded, n, max_tokens, batch_size)
     stops = _stop_ids(model, tokenizer)
     name = quote(writer or model.name_or_path or model.config.model_type, safe="/:.-_")
     settings = f"temperature={temperature:g} top_p={top_p:g} max_tokens={max_tokens} seed={seed} engine=local"
     numbers = _numbers(encoded, first, n)
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers: list[list[Response]] = [[] for _ in prompts]
-    at_once = max(1, batch_size // n)
     with _evaluation(model):
-        for start in range(0, len(order), at_once):
-            rows = order[start : start + at_once]
+        for rows in batches:
             streams = [_stream(seed, encoded[row], number) for row in rows for number in numbers[row]]
             uniforms = np.stack([stream.random(max_tokens) for stream in streams])
             written, logps = _continue(model, [encoded[row] for row in rows], n, uniforms, temperature, top_p, stops)
@@ -80,7 +77,26 @@ def sample(
     return answers
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+def plan(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, n: int, max_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """The batches of `sample` as positions in `prompts`, before anything is computed: short prompts first.
+
+    `sample` of one batch's prompts is one batch, with the numbers of the whole call to the last digit.
+    Raises ConfigError when a prompt leaves the model no room.
+    """
+    return _batches(model, [_encode(tokenizer, prompt) for prompt in prompts], n, max_tokens, batch_size)
+
+
+def _batches(model: Any, encoded: Sequence[Sequence[int]], n: int, max_tokens: int, batch_size: int) -> list[list[int]]:
+    """Prompts of like length together, so that little is padded: each prompt's n answers in one batch."""
+    _check_room(model, max(map(len, encoded), default=0), max_tokens)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    at_once = max(1, batch_size // n)
+    return [order[start : start + at_once] for start in range(0, len(order), at_once)]
+
+
+def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The prompt's ids with what the tokenizer puts in front; what it would put behind (EOS) would end the prompt."""
     if not isinstance(prompt, str):
         messages = [{"role": message.role, "content": message.content} for message in prompt]

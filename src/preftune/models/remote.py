@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -24,7 +24,7 @@ import httpx
 from preftune.errors import ConfigError, RunError
 from preftune.records import Prompt, Response
 
-__all__ = ["KEY_VARIABLE", "Request", "Server", "complete", "complete_many", "endpoint"]
+__all__ = ["KEY_VARIABLE", "Request", "Server", "complete", "complete_in_order", "complete_many", "endpoint"]
 
 KEY_VARIABLE = "PREFTUNE_API_KEY"
 """Environment variable that holds the key of the server, if it wants one."""
@@ -86,7 +86,9 @@ class Server:
         while len(responses) < request.n:
             answer = self._ask(request, request.n - len(responses), (request.seed + len(responses)) % SEEDS)
             try:
-                written = [self._response(choice, request) for choice in answer["choices"]]
+                choices = answer["choices"]
+                used = answer["usage"]["completion_tokens"] if len(choices) == 1 and "usage" in answer else None
+                written = [self._response(choice, request, used) for choice in choices]
             except (KeyError, TypeError, AttributeError, ValueError) as problem:
                 raise RunError(
                     f"{self.url}: the answer is no completion ({problem!r}); is this the right URL?"
@@ -142,18 +144,19 @@ class Server:
             "see to the server, then run the same command again: what was written stays"
         )
 
-    def _response(self, choice: Any, request: Request) -> Response:
+    def _response(self, choice: Any, request: Request, tokens: int | None) -> Response:
         text = choice["text"] if isinstance(request.prompt, str) else choice["message"]["content"]
         if not isinstance(text, str | None):
             raise TypeError(f"a text of type {type(text).__name__}")
-        text, finished = text or "", choice.get("finish_reason") == "stop"
+        text, finished = (text or "").encode(errors="replace").decode(), choice.get("finish_reason") == "stop"
         plain = request.temperature == 1 and request.top_p == 1
         return Response(
             text=text,
             finished=finished,
             logp=_logp(choice.get("logprobs"), text, finished) if plain else None,
             provenance=f"model={quote(self.model, safe='/:.-_')} temperature={request.temperature:g} "
-            f"top_p={request.top_p:g} max_tokens={request.max_tokens} seed={request.seed} engine={self.url}",
+            f"top_p={request.top_p:g} max_tokens={request.max_tokens} seed={request.seed} engine={self.url}"
+            + ("" if tokens is None else f" tokens={int(tokens)}"),
         )
 
     def _safe(self, text: str) -> str:
@@ -209,27 +212,39 @@ def complete_many(
 ) -> list[list[Response]]:
     """The responses to every request, in the order of the requests; at most `concurrency` are under way at once.
 
-    `progress` is called in this thread with the number of requests just answered. The first request that fails ends
-    the others and is raised, as by `Server.complete`.
+    `progress` is called in this thread with the number of requests that are newly there. Raises as `Server.complete`.
+    """
+    answers = []
+    for responses in complete_in_order(url, model, requests, concurrency=concurrency, timeout=timeout, retries=retries):
+        answers.append(responses)
+        progress(1)
+    return answers
+
+
+def complete_in_order(
+    url: str,
+    model: str,
+    requests: Sequence[Request],
+    *,
+    concurrency: int = 8,
+    timeout: float = 600.0,
+    retries: int = 6,
+) -> Iterator[list[Response]]:
+    """As `complete_many`, each as soon as it and all before it are there; the others go on meanwhile.
+
+    The first in this order that fails is raised, and ends the others.
     """
     if concurrency < 1:
         raise ConfigError(f"concurrency={concurrency} must be at least 1")
     with Server(url, model, timeout=timeout, retries=retries) as server, ThreadPoolExecutor(concurrency) as threads:
         futures = [threads.submit(server.complete, request) for request in requests]
         try:
-            waiting = set(futures)
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
-                for failed in (future for future in done if future.exception()):
-                    failed.result()
-                if done:
-                    progress(len(done))
-        except BaseException:
+            for future in futures:
+                yield future.result()
+        finally:
             server.stop()
             for future in futures:
                 future.cancel()
-            raise
-        return [future.result() for future in futures]
 
 
 def endpoint(url: str) -> str:

@@ -1,0 +1,151 @@
+"""Sampling as a stage: prompts in, n responses to each out, one line of JSON per prompt, in a file to be continued.
+
+    prompts -> tasks -> batches -> responses -> lines, on the disk before the next batch
+
+Killed at any instant and run again, the file ends as it would have: whole lines stay, a torn one is cut, and a batch
+that is there in part is computed once more as the same batch. A line's key names the prompt's content, the model and
+the sampler's settings, and responses are numbered under it: a larger n adds the numbers that are missing (`KEY+2`: from
+number 2 on), another seed, setting or model adds lines under other keys, and new prompts are simply new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from preftune.data.prompts import distinct_prompts
+from preftune.data.sources import open_source
+from preftune.engine.card import new_card, read_card
+from preftune.engine.console import Display
+from preftune.engine.files import replace_file
+from preftune.engine.lines import growing
+from preftune.errors import ArtifactError, DataError
+from preftune.recipes.loop_configs import SampleConfig
+from preftune.recipes.writers import Local, Remote, Task, Writer, Written
+from preftune.records import Prompt, Response, RunCard, SampledResponses, from_json, to_json
+
+__all__ = ["SampleConfig", "main"]
+
+BEGINS = '{"type": "SampledResponses"'
+Places = Sequence[tuple[Prompt, str]]
+"""(prompt, origin)"""
+
+
+def main(cfg: SampleConfig) -> RunCard:
+    """Append to `cfg.out` what it lacks of n responses to every prompt; the run card is `OUT.run.json` beside it."""
+    out, display = Path(cfg.out), Display()
+    prompts, facts = read(cfg, display)
+    with growing(out, begins=BEGINS) as file:
+        held = held_numbers(out, file.lines)
+        writer: Writer = Remote(cfg) if cfg.engine else Local(cfg, display)
+        tasks = tasks_for(cfg, writer, prompts, held)
+        done = frozenset(task.key for task in tasks if task.first in held[task.content])
+        card = replace(new_card("sample", cfg.model_dump()), hashes=dict(writer.identity), data={"prompts": facts})
+        keep(out, card)
+        counts = tally([])
+        written, began = len(done), time.monotonic()
+        try:
+            display.begin("prompts", len(tasks), written)
+            for batch in writer.write(tasks, done):
+                file.append([line(task, responses) for task, responses in batch])
+                counts.update(tally(batch))
+                written += len(batch)
+                rate = counts["tokens"] / (time.monotonic() - began)
+                shown = {"responses": counts["responses"], "finished": counts["finished"]}
+                display.step(written, shown | ({"tokens_per_second": rate} if rate else {}))
+            status: Any = "done"
+        except BaseException as problem:
+            status = "stopped" if isinstance(problem, KeyboardInterrupt) else "failed"
+            raise
+        finally:
+            display.end()
+            seconds = round(time.monotonic() - began, 3)
+            results = {"prompts": len(prompts), "lines_found": len(file.lines), **counts, "seconds": seconds}
+            results["tokens_per_second"] = round(counts["tokens"] / seconds, 1) if seconds else 0.0
+            card = keep(out, replace(card, status=status, results=results))
+    display.note(f"sample done: {counts['lines']} lines with {counts['responses']} responses added to {out}")
+    return card
+
+
+def read(cfg: SampleConfig, display: Display) -> tuple[Places, dict[str, Any]]:
+    """Every prompt once, and the account of the rows for the run card. Raises DataError on too many refused rows."""
+    source = open_source(cfg.prompts, kind="prompts", format=cfg.format)
+    found = distinct_prompts(iter(source))
+    facts = {"path": cfg.prompts, "format": source.format, "sha256": source.sha256, "prompts": len(found.prompts)}
+    facts |= {"duplicates": found.duplicates, "refused": len(found.refusals)}
+    display.note(
+        f"{cfg.prompts}: {source.format}, {len(found.prompts)} prompts, {found.duplicates} duplicates, "
+        f"{len(found.refusals)} refused"
+    )
+    for refusal in found.refusals:
+        display.warn(str(refusal))
+    if len(found.refusals) > cfg.allow_refused or not found.prompts:
+        raise DataError(
+            f"{cfg.prompts}: {len(found.refusals)} rows are refused, {cfg.allow_refused} allowed, and "
+            f"{len(found.prompts)} prompts are left; mend the rows named above, or raise --allow_refused"
+        )
+    return found.prompts, facts
+
+
+def held_numbers(out: Path, lines: Sequence[str]) -> defaultdict[str, dict[int, int]]:
+    """Content -> {first number: how many responses} of the lines of the file. Raises ArtifactError."""
+    held: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    for number, text in enumerate(lines, 1):
+        try:
+            record: SampledResponses = from_json(text)
+            content, _, first = record.key.partition("+")
+            held[content][int(first or 0)] = len(record.responses)
+        except (ValueError, TypeError) as problem:
+            raise ArtifactError(f"{out}:{number}: no line of samples ({problem}); choose another --out") from None
+    return held
+
+
+def tasks_for(cfg: SampleConfig, writer: Writer, prompts: Places, held: Mapping[str, Mapping[int, int]]) -> list[Task]:
+    """What the file lacks or holds as this very command would write it: equal before and after any part of the run."""
+    settings = {"temperature": cfg.temperature, "top_p": cfg.top_p, "max_tokens": cfg.max_tokens, "seed": cfg.seed}
+    tasks = []
+    for prompt, origin in prompts:
+        asked = prompt if isinstance(prompt, str) else [[message.role, message.content] for message in prompt]
+        identity = json.dumps([asked, settings, dict(writer.identity)], sort_keys=True)
+        content = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        there = held.get(content, {})
+        number = sum(there.values())
+        if number < cfg.n:
+            tasks.append(Task(prompt, origin, content, number))
+        elif number == cfg.n:
+            tasks.append(Task(prompt, origin, content, max(there)))
+    return tasks
+
+
+def line(task: Task, responses: Sequence[Response]) -> str:
+    return to_json(SampledResponses(prompt=task.prompt, responses=tuple(responses), origin=task.origin, key=task.key))
+
+
+def tally(batch: Written) -> Counter[str]:
+    """Lines, responses, finished ones and tokens of a batch; tokens as far as the provenance tells them."""
+    responses = [response for _, written in batch for response in written]
+    words = [dict(word.split("=", 1) for word in response.provenance.split()) for response in responses]
+    return Counter(
+        lines=len(batch),
+        responses=len(responses),
+        finished=sum(response.finished for response in responses),
+        tokens=sum(int(told.get("tokens", 0)) for told in words),
+    )
+
+
+def keep(out: Path, card: RunCard) -> RunCard:
+    """Write the card beside the samples; what earlier runs asked of the same file stays in its notes."""
+    path = out.with_name(f"{out.name}.run.json")
+    asked = {key: card.config[key] for key in ("n", "temperature", "top_p", "max_tokens", "seed")}
+    told = " ".join(f"{key}={value}" for key, value in ({**asked, **card.hashes}).items())
+    earlier = read_card(path).notes if path.exists() else ()
+    card = replace(card, notes=tuple(dict.fromkeys([*earlier, told])))
+    text = json.dumps(json.loads(to_json(card)), indent=1, ensure_ascii=False)
+    replace_file(path, f"{text}\n".encode())
+    return card
