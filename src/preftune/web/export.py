@@ -23,7 +23,7 @@ from preftune.judges.agreement import Agreement, agreement
 from preftune.records import Judgement, Prompt, RankedResponses, Response, to_json
 from preftune.web.labels import Answer, Item, Loan, Snapshot, item_to_json, standing
 
-__all__ = ["KINDS", "Counts", "Kind", "count", "export", "judgements", "snapshot_agreement"]
+__all__ = ["HISTORY_VERSION", "KINDS", "Counts", "Kind", "count", "export", "judgements", "snapshot_agreement"]
 
 Kind = Literal["pairs", "unpaired", "rankings", "judgements", "history"]
 HISTORY_VERSION = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +23,7 @@ __all__ = [
     "Answer",
     "Event",
     "Item",
+    "Labelled",
     "Loan",
     "Progress",
     "Settings",
@@ -98,6 +100,9 @@ class Item:
     def __post_init__(self) -> None:
         if len(self.responses) < 2:
             raise DataError(f"{self.origin}: an item needs K >= 2 responses, not {len(self.responses)}")
+        numbers = [self.priority, *(n for r in self.responses for n in (r.score, r.logp))]
+        if not all(number is None or math.isfinite(number) for number in numbers):
+            raise DataError(f"{self.origin}: priority, scores and logp must be finite numbers, not {numbers}")
         if self.gold is not None and checked(self.gold, len(self.responses)) != self.gold:
             raise DataError(
                 f"{self.origin}: the gold answer's ranks {self.gold.ranks} skip a number; write them densely"
@@ -157,9 +162,18 @@ class Event:
     """Milliseconds since 1970, UTC."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelled:
+    """A label made elsewhere: what was compared, by whom, and the answer."""
+
+    item: Item
+    annotator: str
+    answer: Answer
+
+
 @dataclass(frozen=True, slots=True)
 class Added:
-    """How many items were new, and how many the store had already."""
+    """How many items (or labels) were new, and how many the store had already."""
 
     new: int
     known: int

@@ -29,6 +29,7 @@ from preftune.web.labels import (
     Answer,
     Event,
     Item,
+    Labelled,
     Loan,
     Progress,
     Settings,
@@ -102,6 +103,41 @@ class Store:
             first = _last(connection, items.c.id) + 1
             _insert(connection, items, [item_values(n, item) for n, item in enumerate(fresh.values(), start=first)])
         return Added(len(fresh), known)
+
+    def add_labels(self, labels: Iterable[Labelled]) -> Added:
+        """Add labels made elsewhere, with their items; who has a task of an item already keeps what was said there.
+
+        They fill places of their items, even beyond the overlap: what was labelled was labelled.
+        """
+        given = list(labels)
+        for label in given:
+            _check_name("annotator", label.annotator)
+        self.add_items(label.item for label in given)
+        new = 0
+        with self._database.writing() as connection:
+            ids = {row.key: row.id for row in connection.execute(select(items.c.key, items.c.id))}
+            for label in given:
+                k, item = len(label.item.responses), ids[label.item.key]
+                there = select(tasks.c.id).where(tasks.c.item == item, tasks.c.annotator == label.annotator)
+                if connection.execute(there).first() is not None:
+                    continue
+                number, event = _last(connection, tasks.c.id) + 1, _last(connection, events.c.id) + 1
+                stated = Event(
+                    id=event,
+                    task=number,
+                    annotator=label.annotator,
+                    kind="answer",
+                    answer=checked(label.answer, k),
+                    undoes=None,
+                    client_key=f"import {label.item.key}",
+                    at=self._now(),
+                )
+                order = tuple(range(k))
+                loan = Loan(id=number, item=item, annotator=label.annotator, order=order, expires=stated.at)
+                connection.execute(insert(tasks).values(loan_values(loan, stated)))
+                connection.execute(insert(events).values(event_values(stated)))
+                new += 1
+        return Added(new, len(given) - new)
 
     def next_tasks(self, annotator: str, count: int) -> list[Task]:
         """The annotator's open tasks, oldest first, filled up with new ones to `count`; fewer when items run out.
