@@ -212,7 +212,7 @@ def test_the_overview_names_every_stage(capsys: pytest.CaptureFixture[str]) -> N
     assert set(STAGES) == set(CONFIGS)
     assert main([]) == main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {stage:<11} {does}\n" in text for stage, does in STAGES.items()) and "\n  env " in text
+    assert all(f"\n  {stage:<12} {does}\n" in text for stage, does in STAGES.items()) and "\n  env " in text
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"preftune {__version__}\n"
 

@@ -31,11 +31,13 @@ STAGES: Mapping[str, str] = {
     "inspect": "examine a data set as training would see it: counts, lengths, refused rows, decoded examples",
     "sft": "supervised fine-tuning on responses, or on the chosen side of pairs",
     "sample": "responses of a model, or of a server's, to prompts, with their log-probs; resumable, appendable",
-    "label": "which of two sampled responses is better: rules, reward models, language models or annotators decide",
+    "label": "which of two sampled responses is better: people decide on a page, or --judge does",
+    "label export": "labels of the page as pairs, unpaired rows, rankings or their whole history; agreement",
+    "label import": "labels made elsewhere, into the store of a page",
     "dpo": "Direct Preference Optimization on preference pairs",
     "reward": "a reward model (Bradley-Terry or Plackett-Luce) on preference pairs or rankings",
 }
-"""Stage -> what it does; its code is `recipes/STAGE.py`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
+"""Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 
 _ENV = "versions and hardware, for bug reports"
 
@@ -64,8 +66,19 @@ def _run(argv: list[str]) -> int:
         _print_environment(argv[1:])
     else:
         stage, config = parse(argv)
-        importlib.import_module(f"preftune.recipes.{stage}").main(config)
+        _start(stage, config)
     return 0
+
+
+def _start(stage: str, config: Any) -> None:
+    """Hand over to the stage: `recipes/STAGE.py`, but the labelling page and its files are in `web/`."""
+    if stage == "label" and config.judge is None:
+        importlib.import_module("preftune.web.serve").main(config)
+    elif stage in ("label export", "label import"):
+        transfer = importlib.import_module("preftune.web.transfer")
+        (transfer.export_labels if stage == "label export" else transfer.import_labels)(config)
+    else:
+        importlib.import_module(f"preftune.recipes.{stage}").main(config)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Settings]:
@@ -73,6 +86,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     from preftune.recipes.configs import CONFIGS
     from preftune.recipes.settings import did_you_mean
 
+    argv = [" ".join(argv[:2]), *argv[2:]] if " ".join(argv[:2]) in CONFIGS else argv
     stage = argv[0]
     if stage not in CONFIGS:
         hint = did_you_mean(stage, [*CONFIGS, "env"]) or f"; stages: {', '.join([*CONFIGS, 'env'])}"
@@ -182,7 +196,7 @@ def _width() -> int:
 
 
 def _overview() -> str:
-    stages = "\n".join(f"  {name:<11} {text}" for name, text in [*STAGES.items(), ("env", _ENV)])
+    stages = "\n".join(f"  {name:<12} {text}" for name, text in [*STAGES.items(), ("env", _ENV)])
     return f"""preftune {__version__}: align causal language models with preferences
 
 usage: preftune STAGE [--config FILE.yaml] [--key value ...]

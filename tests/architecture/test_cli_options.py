@@ -16,7 +16,10 @@ OPTIONS = {
     "explain": "out text",
     "inspect": f"{READING} pairs kind examples",
     "sft": TRAINING,
-    "label": "samples judge out orders seed criteria allow_python",
+    "label": "samples judge out orders seed criteria allow_python db guidelines overlap gold gold_rate random_share "
+    "annotator host port url open accounts invite tls_cert tls_key insecure",
+    "label export": "db kind out",
+    "label import": "db data prompt responses question",
     "sample": "model prompts format allow_refused n temperature top_p max_tokens seed out batch_size dtype device "
     "engine engine_model concurrency",
     "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix",

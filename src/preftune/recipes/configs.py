@@ -18,7 +18,7 @@ from preftune.data.demonstrations import DEMONSTRATIONS
 from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import Layout
 from preftune.errors import ConfigError
-from preftune.recipes.loop_configs import LabelConfig, SampleConfig
+from preftune.recipes.loop_configs import ExportConfig, ImportConfig, LabelConfig, Page, SampleConfig
 from preftune.recipes.loss_facts import LOSS_FACTS
 from preftune.recipes.loss_terms import NAMED, TermSpec, parse_loss
 from preftune.recipes.settings import Settings, not_one_of, refusal
@@ -336,12 +336,14 @@ CONFIGS: Mapping[str, type[Settings]] = {
     "sft": SftConfig,
     "sample": SampleConfig,
     "label": LabelConfig,
+    "label export": ExportConfig,
+    "label import": ImportConfig,
     "dpo": DpoConfig,
     "reward": RewardConfig,
 }
 """Stage -> what it may be told."""
 
-_SECTIONS: tuple[type[Settings], ...] = (Reading, Pairing, Objective, Optimization, Machine, Folder)
+_SECTIONS: tuple[type[Settings], ...] = (Reading, Pairing, Objective, Optimization, Machine, Folder, Page)
 _KNOBS = ("beta", "label_smoothing", "tau", "gamma", "alpha")
 
 

@@ -10,7 +10,7 @@ from pydantic import model_validator as check
 from preftune.data.prompts import PROMPTS
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
-__all__ = ["LabelConfig", "SampleConfig"]
+__all__ = ["ExportConfig", "ImportConfig", "LabelConfig", "Page", "SampleConfig"]
 
 
 class SampleConfig(Settings):
@@ -62,17 +62,50 @@ class SampleConfig(Settings):
         return self
 
 
-class LabelConfig(Settings):
-    """Preferences between sampled responses, by judges."""
+class Page(Settings):
+    """The labelling page (without judge)"""
 
-    samples: str = Field(min_length=1, description="what `preftune sample` wrote, or preference data to label anew")
+    db: str | None = Field(
+        None, min_length=1, description="where labels are kept: a file such as labels.db, or postgresql+psycopg://..."
+    )
+    guidelines: str | None = Field(None, min_length=1, description="Markdown file shown beside the task")
+    overlap: int = Field(1, ge=1, description="labels wanted per item, each by another annotator")
+    gold: str | None = Field(
+        None, min_length=1, description="preference data with known answers, to check annotators; never exported"
+    )
+    gold_rate: float = Field(0.1, ge=0, le=1, description="share of tasks that are gold items")
+    random_share: float = Field(
+        0.2, ge=0, le=1, description="share of tasks drawn at random; the others go where scores are closest"
+    )
+    annotator: str = Field("me", min_length=1, description="name under which labels are stored, without accounts")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="address to listen on; only this machine can reach the default"
+    )
+    port: int = Field(8517, ge=0, le=65535, description="to listen on; 0 takes a free one")
+    url: str | None = Field(
+        None, min_length=1, description="address by which the page is opened where it is another, such as https://name"
+    )
+    open: bool = Field(True, description="open the browser where there is a display")
+    accounts: bool = Field(False, description="let invited people in, instead of whoever has the printed link")
+    invite: str | None = Field(None, min_length=1, description="print an invitation link for this name and end")
+    tls_cert: str | None = Field(None, min_length=1, description="PEM file of the server's certificate")
+    tls_key: str | None = Field(None, min_length=1, description="PEM file of its private key")
+    insecure: bool = Field(
+        False, description="allow another host without accounts or TLS: anyone between can read along"
+    )
+
+
+class LabelConfig(Page):
+    """Preferences between sampled responses, by people on a page or by judges."""
+
+    samples: str = Field("", description="what `preftune sample` wrote; for judges also preference data to label anew")
     judge: str | None = Field(
         None,
         min_length=1,
         description="who decides: rule:length, rule:regex:PATTERN, rule:json, rule:reviews, rule:python:MODULE:F, "
         "simulated:KIND:KNOB=X, reward:RUN, llm:URL#MODEL; several with ' ; ' between them",
     )
-    out: str = Field(min_length=1, description="folder of judgements.jsonl, pairs.jsonl, rankings.jsonl, label.json")
+    out: str = Field("", description="folder of judgements.jsonl, pairs.jsonl, rankings.jsonl, label.json")
     orders: Literal["auto", "random", "both"] = Field(
         "auto",
         description="show a comparison once, in random order, or in both, where only a consistent winner wins; "
@@ -81,3 +114,46 @@ class LabelConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32, description="of the order shown and of simulated annotators")
     criteria: str | None = Field(None, min_length=1, description="text file: what an llm judge should prefer")
     allow_python: bool = Field(False, description="let rule:python import and run the named function")
+
+    @classmethod
+    def default_text(cls, key: str) -> str:
+        """As `Settings.default_text`; what only judges or only the page need is told."""
+        needed = {"samples": "required with judge", "out": "required with judge", "db": "required without judge"}
+        return needed.get(key) or super().default_text(key)
+
+    @check(mode="after")
+    def _page_or_judges(self, info: ValidationInfo) -> Self:
+        of_judges = ("judge", "out", "orders", "criteria", "allow_python")
+        foreign = tuple(Page.model_fields) if self.judge is not None else of_judges
+        for key in foreign:
+            if key in self.model_fields_set:
+                what = f"{key} belongs to the labelling page" if self.judge is not None else f"{key} needs judge"
+                raise refusal(info, key, f"{what}; give either judge, or db for a page")
+        for key in ("samples", "out") if self.judge is not None else ("db",):
+            if not getattr(self, key):
+                raise refusal(
+                    info, key, f"missing {key}: give --{key} VALUE" + ("" if self.judge else ", or a --judge")
+                )
+        return self
+
+
+class ExportConfig(Settings):
+    """Labels of a store as files to train on."""
+
+    db: str = Field(min_length=1, description="the store: a file, or postgresql+psycopg://...")
+    kind: Literal["pairs", "unpaired", "rankings", "judgements", "history"] = Field(
+        "pairs", description="what to write; history is everything, and can be imported again"
+    )
+    out: str = Field(min_length=1, description="JSON Lines file to write")
+
+
+class ImportConfig(Settings):
+    """Labels made elsewhere into a store."""
+
+    db: str = Field(min_length=1, description="the store: a file, new or not, or postgresql+psycopg://...")
+    data: str = Field(
+        min_length=1, description="an exported history, preference data, or an export of Label Studio or Argilla"
+    )
+    prompt: str = Field("", description="column of the prompt in another tool's export; empty: the usual names")
+    responses: str = Field("", description="its columns of responses, with commas between; empty: the usual names")
+    question: str = Field("", description="Argilla's question that ranks or chooses; empty: the usual names")

@@ -135,10 +135,10 @@ function showSaved(state, count = 0, why = "") {
 }
 
 function showProgress(progress) {
-  const left = Math.max(0, progress.total - progress.team);
   $("#bar").max = Math.max(1, progress.total);
-  $("#bar").value = progress.team;
-  $("#progress").textContent = `You ${progress.own} (${progress.own_today} today), all ${progress.team} of ${progress.total}, ${left} to go`;
+  $("#bar").value = Math.min(progress.team, progress.total);
+  $("#progress").replaceChildren(`You ${progress.own}`, make("span", { class: "wide" }, `, today ${progress.own_today}`),
+    make("span", { class: "team" }, `Team ${progress.team} of ${progress.total}`));
 }
 
 // ------------------------------------------------------------------------------------------------------------ tasks
@@ -270,9 +270,9 @@ function drawActions(task) {
     ? [act("first", "A better", "1", "side a"), act("tie", "Tie", "2"), act("second", "B better", "3", "side b"),
        act("both_bad", "Both bad", "4"), act("skip", "Skip", "5")]
     : [act("save", "Save ranking", "Enter", "main"), act("both_bad", "All bad", "X"), act("skip", "Skip", "S")];
-  const strength = make("div", { class: "strength", role: "radiogroup", "aria-label": "How clear is it? Optional" }, "by");
+  const strength = make("div", { class: "strength", role: "radiogroup", "aria-label": "How much better? Optional" }, "by");
   for (const [value, label, hint] of STRENGTHS) {
-    strength.append(make("button", { type: "button", role: "radio", "data-strength": value, "aria-checked": String(state.strength === value) }, label, " ", key(hint)));
+    strength.append(" ", make("button", { type: "button", role: "radio", "data-strength": value, "aria-checked": String(state.strength === value) }, label, " ", key(hint)));
   }
   $("#actions").replaceChildren(strength, make("div", { class: "judge" }, ...judge));
   const said = task.answer;
@@ -358,12 +358,18 @@ function walkBack(a, b, trace) {
   return common;
 }
 
+// Runs of neighbouring words become one mark, blanks between them included.
 function markWords(words, positions) {
-  for (const i of positions.reverse()) {  // last first, so that earlier offsets in a text node stay true
-    const { node, start, end } = words[i];
+  const runs = [];
+  for (const i of positions) {
+    const last = runs.at(-1);
+    if (last && last.to === i - 1 && words[i].node === words[i - 1].node) last.to = i;
+    else runs.push({ from: i, to: i });
+  }
+  for (const { from, to } of runs.reverse()) {  // last first, so that earlier offsets in a text node stay true
     const range = document.createRange();
-    range.setStart(node, start);
-    range.setEnd(node, end);
+    range.setStart(words[from].node, words[from].start);
+    range.setEnd(words[to].node, words[to].end);
     range.surroundContents(document.createElement("mark"));
   }
 }
@@ -426,7 +432,7 @@ function askWhy() {
   $("input", dialog).value = "";
   dialog.returnValue = "";
   dialog.showModal();
-  $(".reasons button", dialog).focus();
+  $("button.main", dialog).focus();
 }
 
 function moveTo(place) {
