@@ -28,12 +28,13 @@ def test_answers_have_the_tokens_of_training(tiny_model_folder: Path) -> None:
     assert groups[0].responses[0][-1] == tokenizer.eos_token_id != groups[0].responses[1][-1]
 
 
-def test_an_answer_asked_for_twice_is_one_response(tiny_model_folder: Path) -> None:
-    """Equal answers share a place; the same text unfinished is another answer."""
+def test_an_answer_given_twice_counts_twice(tiny_model_folder: Path) -> None:
+    """Equal answers keep a place each, as draws do; the same text unfinished has other tokens."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     cut = Response(text=CAT.text, finished=False)
     groups, places = answer_groups(tokenizer, [("the cat", CAT), ("the cat", cut), ("the cat", CAT)])
-    assert places == [(0, 0), (0, 1), (0, 0)] and len(groups[0].responses) == 2
+    one, other, again = (r.tolist() for r in groups[0].responses)
+    assert places == [(0, 0), (0, 1), (0, 2)] and one == again == [*other, tokenizer.eos_token_id]
 
 
 def test_an_answer_without_tokens_is_refused_by_its_number(tiny_model_folder: Path) -> None:

@@ -226,7 +226,7 @@ def test_rewards_are_centred_on_the_samples_that_are_named(
 
     said = [
         SampledResponses(prompt="the cat", responses=(Response(text=" sat"), Response(text=" ran to", finished=False))),
-        SampledResponses(prompt="a good", responses=(Response(text=" answer is short"),)),
+        SampledResponses(prompt="a good", responses=(Response(text=" answer is short"),) * 2),  # drawn twice
     ]
     file = tmp_path / "samples.jsonl"
     file.write_text("".join(to_json(record) + "\n" for record in said))
@@ -234,7 +234,7 @@ def test_rewards_are_centred_on_the_samples_that_are_named(
     asked = [(record.prompt, response) for record in said for response in record.responses]
     rewards = load_scorer(tmp_path / "run")(asked)
     assert np.mean(rewards) == pytest.approx(0, abs=1e-6) and np.std(rewards) > 1e-3
-    assert card.results["reference_samples"] == 3 and "reference_samples" in card.hashes
+    assert card.results["reference_samples"] == 4 and "reference_samples" in card.hashes
 
 
 def test_a_reward_model_can_be_trained_on(tiny_model_folder: Path, halves: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,20 +18,21 @@ def answer_groups(
 ) -> tuple[list[TokenGroup], list[tuple[int, int]]]:
     """The groups, and for every (prompt, response) in order its (group, position among that group's responses).
 
-    Every answer is rendered by itself, so its tokens do not depend on what else is asked; equal ones are one response.
+    Every answer is rendered by itself, so its tokens do not depend on what else is asked; equal ones stay two.
     Raises DataError, with the number of the answer, when a text cannot be rendered or holds no token.
     """
     rows = [Demonstration(prompt=p, response=r, origin=f"answer {i}") for i, (p, r) in enumerate(asked, start=1)]
     first: dict[bytes, TokenGroup] = {}
-    answers: dict[bytes, dict[bytes, Ids]] = {}
-    keys: list[tuple[bytes, bytes]] = []
+    answers: dict[bytes, list[Ids]] = {}
+    said: list[tuple[bytes, int]] = []
     for row in Encoder(tokenizer).encode(rows, lambda _: ()):
         if isinstance(row, Refusal):
             raise DataError(str(row))
-        prompt, ids = row.group.prompt.tobytes(), row.group.responses[0]
+        prompt = row.group.prompt.tobytes()
         first.setdefault(prompt, row.group)
-        answers.setdefault(prompt, {}).setdefault(ids.tobytes(), ids)
-        keys.append((prompt, ids.tobytes()))
-    groups = [TokenGroup(group.prompt, tuple(answers[p].values()), origin=group.origin) for p, group in first.items()]
-    at = {(p, answer): (g, i) for g, p in enumerate(first) for i, answer in enumerate(answers[p])}
-    return groups, [at[key] for key in keys]
+        own = answers.setdefault(prompt, [])
+        said.append((prompt, len(own)))
+        own.append(row.group.responses[0])
+    groups = [TokenGroup(group.prompt, tuple(answers[p]), origin=group.origin) for p, group in first.items()]
+    at = {prompt: i for i, prompt in enumerate(first)}
+    return groups, [(at[prompt], i) for prompt, i in said]
