@@ -54,7 +54,7 @@ class RewardMeter:
         accuracy_margin_1..4  accuracy in the quarters of |margin|, the least decided pairs first
         accuracy_chosen_...   accuracy where the chosen response has more, fewer or as many tokens
 
-        Pairs of one prompt are drawn together. Accuracy among ties of the margin counts one half.
+        A margin of exactly 0 counts one half. Pairs of one prompt are drawn together by the bootstrap.
         """
         values, weight = self._loss.table()
         loss = self._numbers()["loss"]
