@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help quickstart test check mutate format clean
+.PHONY: help quickstart test test-all check mutate format clean
 
 help:
 	@echo "make quickstart   the whole loop on a generated problem: CPU, a few minutes, ends with runs/quickstart/report.html"
 	@echo "make test         every test, on two processes"
+	@echo "make test-all     the same, every seeded fault, and a short run of the convergence study"
 	@echo "make check        formatting, lint, types, architecture"
 	@echo "make mutate       plant every seeded fault; the tests must notice each"
 	@echo "make format       let ruff rewrite the formatting"
@@ -21,6 +22,9 @@ quickstart: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(PYTEST) -n 2 $(ARGS)
+
+test-all: test mutate
+	$(BIN)/python benchmarks/convergence.py --fast --out runs/convergence
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
