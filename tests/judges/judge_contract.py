@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from preftune.judges.contract import IDENTICAL, INCONSISTENT, Comparison, Judge, Outcome, flipped, judged
+from preftune.judges.contract import IDENTICAL, INCONSISTENT, Comparison, Judge, Outcome, blind, flipped, judged
 from preftune.records import Judgement, Message, Response
 
 TEXTS = (
@@ -103,7 +103,10 @@ def is_blind(row: Row, questions: Sequence[Comparison]) -> bool:
     ]
     for orders in ("random", "both"):
         clean = judged(row.make(), questions, seed=0, orders=orders)
-        marked = judged(row.make(), named, seed=0, orders=orders)
+        seen: list[Comparison] = []
+        marked = judged(Watched(row.make(), seen), named, seed=0, orders=orders)
+        if any(shown != blind(shown) for shown in seen):
+            return False
         if outcomes(v.judgement for v in clean) != outcomes(v.judgement for v in marked):
             return False
         kept = {v.judgement.first.provenance for v in marked} | {v.judgement.second.provenance for v in marked}

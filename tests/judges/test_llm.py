@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from preftune.errors import ConfigError, RunError
+from preftune.errors import ArtifactError, ConfigError, RunError
 from preftune.judges.contract import Comparison, judged
 from preftune.judges.llm import Answers, LlmJudge, parse_verdict, question
 from preftune.records import Message, Response
@@ -78,9 +78,16 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     assert run(path) == ["first"] * 6 and len(asked) == 3
     assert run(path) == ["first"] * 6 and len(asked) == 3
     whole = path.read_bytes()
-    path.write_bytes(whole[:-9])
+    path.write_bytes(whole[:-1] + b"x" * 500)
     assert run(path) == ["first"] * 6 and len(asked) == 4
     assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_a_damaged_memory_is_named(tmp_path: Path) -> None:
+    """A whole line that is no answer was not written here: file and line, and what to do."""
+    (tmp_path / "a.jsonl").write_text('{"key": "k", "model": "m", "answer": "VERDICT: 1"}\n{"key": 3}\n')
+    with pytest.raises(ArtifactError, match=r"a\.jsonl:2: is no answer of a judge; take the line out to ask again$"):
+        Answers(tmp_path / "a.jsonl")
 
 
 def test_another_model_other_criteria_or_another_order_is_another_question(tmp_path: Path) -> None:

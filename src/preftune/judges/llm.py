@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from preftune.errors import PreftuneError, RunError
+from preftune.errors import ArtifactError, PreftuneError, RunError
 from preftune.judges.contract import Comparison, Outcome
 from preftune.records import Judgement, Message, Prompt
 
@@ -110,17 +110,21 @@ class LlmJudge:
 class Answers:
     """What a model has answered, in a file of one JSON object per line; a line torn by a kill is as if never written.
 
-    An answer is on the disk when `add` returns.
+    An answer is on the disk when `add` returns. Raises ArtifactError on a whole line that is no answer.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, str] = {}
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.endswith(b"\n"):
-                entry = json.loads(line)
-                self._known[entry["key"]] = entry["answer"]
+                try:
+                    entry = json.loads(line)
+                    self._known[entry["key"]] = entry["answer"]
+                except (ValueError, KeyError, TypeError):
+                    where = f"{path}:{number}"
+                    raise ArtifactError(f"{where}: is no answer of a judge; take the line out to ask again") from None
         self._whole = sum(len(line) for line in lines if line.endswith(b"\n"))
 
     def get(self, key: str) -> str | None:

@@ -78,9 +78,11 @@ def _simulated(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge
 
 
 def _reward(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge:
+    import torch
+
     from preftune.judges.reward_model import load_scorer
 
-    return ScoreJudge(name, load_scorer(rest))
+    return ScoreJudge(name, load_scorer(rest, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _llm(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge:
