@@ -145,7 +145,7 @@ def answer(
 ) -> list[list[Response]]:
     """n answers to each prompt at temperature 1: samples of the policy itself, as the KL estimate needs them."""
     with run.working(what, len(questions)) as advance:
-        settings = {"n": n, "max_tokens": 40, "seed": seed, "batch_size": 256}
+        settings: dict[str, Any] = {"n": n, "max_tokens": 40, "seed": seed, "batch_size": 256}
         return sample(loaded.model, loaded.tokenizer, questions, **settings, progress=advance)
 
 
