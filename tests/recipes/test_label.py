@@ -88,10 +88,10 @@ def test_every_comparison_is_in_exactly_one_place(tmp_path: Path, capsys: pytest
 
 
 def test_rankings_are_by_comparisons_won_with_ties(tmp_path: Path) -> None:
-    """Equal lengths tie; all equal is no ranking; a reader of rankings reads them, weight and annotator included."""
+    """Equal lengths tie; no order is no ranking; a reader of rankings reads them, weight and annotator included."""
     samples = [row("p", "a", "ccc", "bb", "xx"), row("q", "a", "b", "c"), row("r", "a", "bb")]
     found = label(write(tmp_path / "s.jsonl", samples), "rule:length", tmp_path / "out")
-    assert found["counts"]["rankings"] == {"ranking": 1, "all tie": 1}
+    assert found["counts"]["rankings"] == {"ranking": 1, "no order": 1}
     (read,) = open_source(tmp_path / "out/rankings.jsonl", kind="preferences")
     assert isinstance(read, RankedResponses)
     assert (read.ranks, read.weight, read.annotator) == ((3, 1, 2, 2), 1 / 5, "rule:length")

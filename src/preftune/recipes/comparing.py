@@ -167,8 +167,8 @@ def ranking_rows(
     """(rankings of K > 2 responses by comparisons won less lost, ties allowed; what became of each prompt).
 
     `verdicts` holds, per judge, the verdicts on the comparisons of `asked` in their order. The pairs of one prompt
-    weigh 1 together. `incomplete`: a comparison without a verdict would push its responses down; `all tie`: nothing is
-    preferred.
+    weigh 1 together. `incomplete`: a comparison without a verdict would push its responses down; `no order`: all tie,
+    or the verdicts go in a circle.
     """
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
@@ -182,7 +182,7 @@ def ranking_rows(
                 continue
             ranks = _ranks(question, said)
             unanswered = any(judgement.outcome == "skip" for judgement in said)
-            result = "incomplete" if unanswered else "all tie" if max(ranks) == 1 else "ranking"
+            result = "incomplete" if unanswered else "no order" if max(ranks) == 1 else "ranking"
             counts[result] += 1
             if result != "ranking":
                 continue
