@@ -1,4 +1,4 @@
-"""One headless Chromium for all browser tests; without one they are skipped, and where CI=true they fail."""
+"""One headless Chromium per file of browser tests; without one they are skipped, and where CI=true they fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Error, sync_playwright
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open no other event loop can run in this process
 def chromium() -> Iterator[Browser]:
     """The system's Chromium, else Playwright's own."""
     options: dict[str, Any] = {"args": ["--no-sandbox", "--disable-dev-shm-usage"]}

@@ -274,7 +274,8 @@ function drawActions(task) {
   for (const [value, label, hint] of STRENGTHS) {
     strength.append(" ", make("button", { type: "button", role: "radio", "data-strength": value, "aria-checked": String(state.strength === value) }, label, " ", key(hint)));
   }
-  $("#actions").replaceChildren(strength, make("div", { class: "judge" }, ...judge));
+  const hint = make("p", { class: "hint" }, `Keys 1 to ${task.responses.length} rank the marked response; equal numbers tie`);
+  $("#actions").replaceChildren(isPair(task) ? strength : hint, make("div", { class: "judge" }, ...judge));
   const said = task.answer;
   const which = said && (said.kind !== "ranking" ? said.kind : !isPair(task) ? "save" : said.ranks[0] === said.ranks[1] ? "tie" : said.ranks[0] < said.ranks[1] ? "first" : "second");
   if (which) $(`[data-act="${which}"]`).dataset.mine = "";
@@ -571,7 +572,7 @@ function onKey(event) {
   if (TOOL_KEYS[name]) { event.preventDefault(); return void TOOLS[TOOL_KEYS[name]](); }
   if (name === "Escape" && state.revising !== null) return leaveRevision();
   if (!state.current) return;
-  if (STRENGTH_KEYS[name]) return setStrength(STRENGTH_KEYS[name]);
+  if (STRENGTH_KEYS[name] && isPair(state.current)) return setStrength(STRENGTH_KEYS[name]);
   if (isPair(state.current) ? pairKey(name) : rankingKey(name, event)) event.preventDefault();
 }
 
