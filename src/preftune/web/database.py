@@ -6,6 +6,7 @@ Labels come at human speed: turns cost nothing, and the two databases behave ali
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ class Database:
     def __init__(self, url: str):
         self.engine = _engine(url)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        self._turn = threading.Lock()
         self._writer = self.engine.execution_options(preftune_writes=True)
         try:
             self._migrate()
@@ -52,7 +54,8 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """The only writer until it ends; then all of it is on disk, or, after an exception, none."""
-        with self._writer.begin() as connection:
+        # The threads of this process queue here: SQLite itself only asks again after ever longer pauses.
+        with self._turn, self._writer.begin() as connection:
             connection.execute(select(schema.settings.c.id).with_for_update()).one()
             yield connection
 
