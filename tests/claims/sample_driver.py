@@ -22,7 +22,7 @@ def config(model: str, prompts: str, out: Path, **others):  # type: ignore[no-un
     from preftune.recipes.loop_configs import SampleConfig
 
     return SampleConfig(
-        model=model, prompts=prompts, out=str(out), max_tokens=12, batch_size=12, dtype="float32", **others
+        model=model, prompts=prompts, out=str(out), max_tokens=12, batch_size=6, dtype="float32", **others
     )
 
 
@@ -64,27 +64,34 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def wait_until_grown(path: Path, child: int) -> None:
+    """Until the file is longer than now or the child has ended (and waits to be collected)."""
+    before = path.stat().st_size
+    while path.stat().st_size <= before and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.0002)
+
+
 def main() -> None:
     model, prompts, out, seed = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     import preftune.recipes.sample  # noqa: F401  the imports every life shares
 
     settings = ({"n": 2}, {"n": 3}, {"n": 3, "seed": 1})  # one after the other into one file
-    began = time.monotonic()
     for others in settings:
         assert wait(life(config(model, prompts, out / "whole.jsonl", **others))) == 0
-    seconds = (time.monotonic() - began) / len(settings)
 
     rng, deaths = random.Random(seed), []
     for others in settings:
         for n in range(KILLS // len(settings)):
-            cfg, how = config(model, prompts, out / "killed.jsonl", **others), ("sync", "tear", "time", "time")[n % 4]
+            cfg, how = config(model, prompts, out / "killed.jsonl", **others), ("sync", "tear", "grown", "early")[n % 4]
             if how == "tear":
                 child = life(cfg, tear=rng.randint(1, 1500))
             elif how == "sync":
                 child = life(cfg, die_at_sync=1)
             else:
                 child = life(cfg)
-                time.sleep(rng.uniform(0, 0.7 * seconds))
+                if how == "grown":
+                    wait_until_grown(out / "killed.jsonl", child)
+                time.sleep(rng.uniform(0, 0.02))
                 os.kill(child, signal.SIGKILL)
             code = wait(child)
             assert code in (0, -signal.SIGKILL), f"life {n} failed with {code}"
