@@ -1,4 +1,4 @@
-"""python kill_writers.py URL FOLDER KILLS: writers of one store, killed with SIGKILL at random moments.
+"""python kill_writers.py URL FOLDER KILLS [ACTS]: writers of one store, killed with SIGKILL at random moments.
 
 Four at a time, forked from this process. What a writer is about to do it notes with `try`, what the store has
 acknowledged with `ack`, both by `write` on a file in FOLDER, which outlives it. The next writer of the same annotator
@@ -89,19 +89,23 @@ def kill(process: int, end: int) -> None:
         raise SystemExit(f"a writer ended by itself: {status}")
 
 
-def main(url: str, folder: Path, kills: int) -> None:
+def main(url: str, folder: Path, kills: int, acts: int = 0) -> None:
+    """With ACTS, writers are killed after that many acknowledgements instead of at a random moment."""
     store = Store.open(url, Settings(overlap=2, random_share=0.5))
     store.add_items(pair(number) for number in range(ITEMS))
     store.close()
     rng = random.Random(0)
     for first in range(0, kills, WRITERS):
         running = [start(url, folder, first + number) for number in range(WRITERS)]
-        if rng.random() < 0.9:  # the others die while they open the store
+        for _, end in running if acts else ():
+            for _ in range(acts):
+                os.read(end, 1)
+        if not acts and rng.random() < 0.9:  # the others die while they open the store
             os.read(rng.choice(running)[1], 1)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(0 if acts else rng.uniform(0, 0.1))
         for process, end in running:
             kill(process, end)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

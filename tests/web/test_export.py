@@ -162,16 +162,18 @@ def test_counts_and_agreement(new_sqlite: NewDatabase) -> None:
 
 
 def test_only_current_answers_are_exported(new_sqlite: NewDatabase) -> None:
-    """A revised answer replaces the first, an undone one is gone, the history keeps all three events."""
+    """A revised answer replaces the first, an undone one is gone, the history keeps all events."""
     store = opened(new_sqlite(), [pair(1), pair(2)])
     one, two = store.next_tasks("a", 2)
     store.answer("a", one.id, FIRST, "1")
     store.revise("a", one.id, SECOND, "2")
+    store.revise("a", one.id, BOTH_BAD, "2b")
+    store.undo("a", "2c")
     store.answer("a", two.id, FIRST, "3")
     store.undo("a", "4")
     lines = export(store.snapshot(), "pairs").splitlines()
     assert [json.loads(line)["chosen"] for line in lines] == ["no 1"]
-    assert export(store.snapshot(), "history").count('"type": "event"') == 4
+    assert export(store.snapshot(), "history").count('"type": "event"') == 6
 
 
 @pytest.mark.parametrize(

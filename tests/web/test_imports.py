@@ -120,6 +120,13 @@ def test_label_studio_pairwise_and_ranker(tmp_path: Path) -> None:
     assert (rank_item.prompt, [r.text for r in rank_item.responses]) == ("Rank!", ["body 1", "body 2", "body 3"])
 
 
+def test_left_is_the_first_column(tmp_path: Path) -> None:
+    """The other side, so that one of them cannot be right by accident."""
+    row = json.loads(json.dumps(STUDIO_PAIR))
+    row["annotations"][0]["result"][0]["value"]["selected"] = "left"
+    assert said(read_labels(written([row], tmp_path)))[0][2] == (1, 2)
+
+
 @pytest.mark.parametrize("value", [["m2", "3", "m1"], {"_": [], "best": ["m2", "3", "m1"]}])
 def test_label_studio_writes_one_list_in_several_ways(tmp_path: Path, value: object) -> None:
     """A bare list and a single filled bucket say the same."""

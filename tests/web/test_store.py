@@ -126,6 +126,12 @@ def test_one_label_per_annotator_and_item(new_database: NewDatabase) -> None:
     assert store.answer("ann", task.id, FIRST, "tab 1") == event
     assert store.answer("ann", task.id, SECOND, "tab 2") == event
     assert store.snapshot().events == (event,)
+    revised = store.revise("ann", task.id, TIE, "tab 3")
+    assert store.revise("ann", task.id, TIE, "tab 3") == revised
+    store.undo("ann", "tab 4")
+    store.undo("ann", "tab 5")
+    assert store.answer("ann", task.id, FIRST, "tab 1") == event  # a late retry does not bring back what was undone
+    assert store.history("ann", 9) == []
 
 
 def test_the_database_itself_refuses_a_second_label(new_database: NewDatabase) -> None:
