@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import uvicorn
+from playwright.sync_api import BrowserContext, Page, expect
 
 from preftune.records import Message, Response
-from preftune.web.labels import Item, Settings
+from preftune.web.labels import Answer, Item, Settings, standing
 from preftune.web.serve import build, listen
 from preftune.web.store import Store
 
@@ -76,6 +77,42 @@ def served(options: Options, items: list[Item]) -> Iterator[Running]:
             store.close()
 
 
+@dataclass
+class Desk:
+    """An open page, the server behind it, and whatever went wrong on it."""
+
+    page: Page
+    server: Running
+    context: BrowserContext
+    errors: list[str]
+
+    def labels(self) -> list[tuple[str, Answer]]:
+        """(first text, answer) of everything the store holds now, by task."""
+        kept = self.server.store.snapshot()
+        stands = standing(kept.events)
+        found = [(kept.items[loan.item - 1], stands[loan.id]) for loan in kept.loans if loan.id in stands]
+        return [(item.responses[0].text, event.answer) for item, event in found if event.answer is not None]
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.server.store.snapshot().events]
+
+    def saved(self) -> None:
+        expect(self.page.locator("#saved")).to_have_text("Saved")
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def question(self) -> str:
+        return self.page.locator("#prompt").inner_text()
+
+    def text_of(self, place: int) -> str:
+        return self.page.locator(".response .text").nth(place).inner_text()
+
+
+OpenDesk = Callable[..., Desk]
+
+
 def response(text: str) -> Response:
     return Response(text=text, provenance=PROVENANCE, score=None)
 
@@ -116,3 +153,6 @@ CONTRAST = """() => {
   return found;
 }"""
 """(contrast, text) of every text that is seen: WCAG 2's ratio of relative luminances."""
+
+GUIDELINES = "# What to prefer\n\nThe response **you would rather receive**.\n"
+SKIN = {"viewport": {"width": 1280, "height": 800}}
