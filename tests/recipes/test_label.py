@@ -24,6 +24,7 @@ from preftune.engine.card import read_card
 from preftune.models.fresh import tiny_llama, word_tokenizer
 from preftune.models.load import quiet
 from preftune.records import Message, RankedResponses, Response, SampledResponses, from_json, to_json
+from preftune.web.inputs import sampled_items
 from preftune.worlds.reviews import corpus, prompts, reward, vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,20 @@ def test_rankings_are_by_comparisons_won_with_ties(tmp_path: Path) -> None:
     (read,) = open_source(tmp_path / "out/rankings.jsonl", kind="preferences")
     assert isinstance(read, RankedResponses)
     assert (read.ranks, read.weight, read.annotator) == ((3, 1, 2, 2), 1 / 5, "rule:length")
+
+
+def test_a_judges_scores_let_the_page_ask_close_calls_first(tmp_path: Path) -> None:
+    """scored.jsonl is the samples, line by line, with the judge's scores; the page's items are ordered by their gap."""
+    samples = reviews(6, 3)
+    label(write(tmp_path / "s.jsonl", samples), "rule:reviews", tmp_path / "out")
+    scored = [from_json(line) for line in (tmp_path / "out/scored.jsonl").read_text().splitlines()]
+    assert [(row.prompt, [r.text for r in row.responses]) for row in scored] == [
+        (row.prompt, [r.text for r in row.responses]) for row in samples
+    ]
+    assert all(r.score == reward(row.prompt, r.text) for row in scored for r in row.responses)
+    gaps = [sorted(r.score for r in row.responses)[-2] - max(r.score for r in row.responses) for row in scored]
+    assert [item.priority for item in sampled_items(tmp_path / "out/scored.jsonl")] == gaps
+    assert len(set(gaps)) > 3
 
 
 def test_a_conversation_stays_one(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from preftune.judges.contract import IDENTICAL, INCONSISTENT, Comparison, Verdic
 from preftune.judges.llm import FAILED, UNPARSABLE
 from preftune.records import Judgement, Message, Prompt, RankedResponses, Refusal, Response, SampledResponses, from_json
 
-__all__ = ["Question", "category", "pair_rows", "questions", "ranking_rows", "read_samples", "tally"]
+__all__ = ["Question", "category", "pair_rows", "questions", "ranking_rows", "read_samples", "scored_rows", "tally"]
 
 STATED = "the data's own labels"
 """The annotator of a preference file that names none."""
@@ -215,3 +215,18 @@ def _completion(prompt: Prompt, text: str) -> Any:
 
 def _message(message: Message) -> dict[str, str]:
     return {"role": message.role, "content": message.content}
+
+
+def scored_rows(
+    rows: Sequence[SampledResponses | RankedResponses], said: Sequence[Judgement]
+) -> list[SampledResponses]:
+    """The samples with the scores that these judgements state, none where a response has none; order kept.
+
+    What the labelling page needs to ask about close calls first. Rows that are no samples are left out.
+    """
+    scores = {(j.prompt, side.text): side.score for j in said for side in (j.first, j.second)}
+    return [
+        replace(row, responses=tuple(replace(r, score=scores.get((row.prompt, r.text))) for r in row.responses))
+        for row in rows
+        if isinstance(row, SampledResponses)
+    ]

@@ -4,6 +4,7 @@
     shown.jsonl        everything that was shown and said, where that is more: both orders
     pairs.jsonl        the winners: prompt, chosen, rejected, weight, annotator; what `preftune dpo` reads
     rankings.jsonl     prompts with more than two responses, ranked by comparisons won
+    scored.jsonl       the samples with the scores of the first judge that scores: the page then asks close calls first
     label.json         counts, agreement, what sways each judge; also printed
     answers.jsonl      what language models answered: a run that is repeated asks nothing twice
 
@@ -28,7 +29,16 @@ from preftune.equations.stats import Interval
 from preftune.errors import DataError
 from preftune.judges.agreement import Agreement, agreement, flip_rate
 from preftune.judges.contract import Judge, Verdict, judged
-from preftune.recipes.comparing import Question, category, pair_rows, questions, ranking_rows, read_samples, tally
+from preftune.recipes.comparing import (
+    Question,
+    category,
+    pair_rows,
+    questions,
+    ranking_rows,
+    read_samples,
+    scored_rows,
+    tally,
+)
 from preftune.recipes.judging import open_judges, orders_of
 from preftune.recipes.loop_configs import LabelConfig
 from preftune.records import RunCard, to_json
@@ -70,6 +80,9 @@ def main(cfg: LabelConfig) -> RunCard:
         _write(out / "pairs.jsonl", (json.dumps(row, ensure_ascii=False) for row in pairs))
         if ranked:
             _write(out / "rankings.jsonl", (json.dumps(row, ensure_ascii=False) for row in rankings))
+        scoring = next((of for of in verdicts if any(v.judgement.first.score is not None for v in of)), None)
+        if scoring and (scored := scored_rows(rows, [verdict.judgement for verdict in scoring])):
+            _write(out / "scored.jsonl", map(to_json, scored))
         replace_file(out / "label.json", (json.dumps(jsonable(labels), indent=1) + "\n").encode())
         card = run.finish({"samples": {"name": cfg.samples, "sha256": digest}, "labels": jsonable(labels)})
     _show(labels, cfg, bool(pairs))
