@@ -111,7 +111,7 @@ FAULTS = [
         _TOKENS,
         "ids = ids[: ids.index(end) + 1] if written else [*ids, end]",
         "ids = [*ids, end]",
-        "tests/data/test_conversations.py -k doubled",
+        "tests/data/test_conversations.py -k every_family",
     ),
     Fault(
         "tokens: the line break behind the end mark is trained",

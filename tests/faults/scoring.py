@@ -112,11 +112,11 @@ FAULTS = [
         "tests/recipes/test_dpo.py -k share_a_cache",
     ),
     Fault(
-        "reference: log-probs of another dtype are found in the cache",
-        _REFERENCE,
-        '"dtype": str(next(loaded.model.parameters()).dtype)',
-        '"dtype": ""',
-        "tests/recipes/test_dpo.py -k share_a_cache",
+        "load: weights of equal bytes and other shapes or dtypes have one hash",
+        _LOAD,
+        'f"{name} {tuple(tensor.shape)} {tensor.dtype}\\n".encode()',
+        'f"{name}\\n".encode()',
+        "tests/models/test_load.py -k equal_bytes",
     ),
     Fault(
         "reference: no certificate at step 0",
@@ -151,7 +151,7 @@ FAULTS = [
         _CACHE,
         '            prompt.update(group.prompt.astype("<i4").tobytes())\n',
         "",
-        "tests/engine/test_reference_cache.py -k run_into",
+        "tests/engine/test_reference_keys.py",
     ),
     Fault(
         "cache: prompt and response run into each other",

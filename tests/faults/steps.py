@@ -98,7 +98,7 @@ FAULTS = [
         "src/preftune/recipes/sft.py",
         "(values_C * token_weights(batch)).sum() / step_tokens",
         "(values_C * token_weights(batch)).sum() / len(values_C)",
-        "tests/recipes/test_sft.py",
+        "tests/recipes/test_sft_split.py",
     ),
     Fault(
         "evaluation: what a loss remembers moves with held-out rows",
