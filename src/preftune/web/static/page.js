@@ -565,7 +565,8 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
   const dialog = $("dialog[open]");
   if (dialog) return dialog.id === "skip" ? onSkipKey(event) : undefined;
-  if (event.target.closest("input, textarea")) return;
+  const field = event.target.closest("input, textarea");
+  if (field && !field.closest("dialog")) return;  // a closed dialog keeps the focus until the next frame
   const name = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (scrollBy(name, event.shiftKey)) return event.preventDefault();
   if (event.repeat) return;
