@@ -22,8 +22,8 @@ from preftune.errors import ConfigError
 from preftune.models.attention import install
 from preftune.models.load import LoadedModel, load, save
 from preftune.models.logprobs import check_packing
-from preftune.recipes.configs import TrainingConfig
 from preftune.recipes.model_card import model_card
+from preftune.recipes.sections import TrainingConfig
 from preftune.records import RunCard
 from preftune.tensors import PackedBatch, TokenGroup
 
