@@ -285,7 +285,7 @@ def test_after_a_kill_nothing_is_asked_twice(played: Played, tmp_path: Path) -> 
 def test_a_reward_model_judges_by_its_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`reward:RUN` asks the scorer loaded from that folder; a score that is no number decides nothing."""
 
-    def load(folder: str, device: str) -> Any:
+    def load(folder: str, device: str, **options: Any) -> Any:
         assert folder == "runs/rm" and device in ("cpu", "cuda")
         return lambda asked: [math.nan if response.text == "?" else -len(response.text) for _, response in asked]
 

@@ -1,4 +1,4 @@
-"""From the names of judges to judges: `rule:length ; llm:http://localhost:8000#qwen`. Scorers are passed in here."""
+"""From the names of judges to judges: `rule:length ; llm:http://localhost:8000#qwen`. Scorers come from `scoring`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from preftune.errors import ConfigError
 from preftune.judges.contract import Judge, Orders
 from preftune.judges.llm import CRITERIA, Answers, LlmJudge
-from preftune.judges.rules import json_rule, length_rule, python_rule, regex_rule
 from preftune.judges.scores import ScoreJudge, scorer
 from preftune.judges.simulated import annotator
 from preftune.recipes.loop_configs import LabelConfig
-from preftune.records import Message, Prompt
-from preftune.worlds.reviews import reward
+from preftune.recipes.scoring import SCORERS, open_scorer, reviews
+from preftune.records import Message
 
 __all__ = ["open_judges", "orders_of"]
 
@@ -48,20 +47,8 @@ def _judge(name: str, cfg: LabelConfig, held: ExitStack) -> Judge:
     return _KINDS[kind](name, rest, cfg, held)
 
 
-def _rule(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge:
-    rule, _, detail = rest.partition(":")
-    if rule == "regex" and detail:
-        return regex_rule(detail)
-    if rule == "python" and detail:
-        return python_rule(detail, allowed=cfg.allow_python)
-    plain: dict[str, Callable[[], Judge]] = {
-        "length": length_rule,
-        "json": json_rule,
-        "reviews": lambda: ScoreJudge(name, scorer(_reviews)),
-    }
-    if rest not in plain:
-        raise ConfigError(f"judge {name!r} is unknown; allowed: {_names()}")
-    return plain[rest]()
+def _scored(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge:
+    return ScoreJudge(name, open_scorer(name, allow_code=cfg.allow_python, role="judge"))
 
 
 def _simulated(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge:
@@ -74,15 +61,7 @@ def _simulated(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge
         except ValueError:
             raise ConfigError(f"judge {name}: {setting!r} is no KNOB=NUMBER") from None
     seed = knobs.pop("seed", float(cfg.seed))
-    return annotator(kind, knobs, scorer(_reviews), name=name, seed=int(seed))
-
-
-def _reward(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge:
-    import torch
-
-    from preftune.judges.reward_model import load_scorer
-
-    return ScoreJudge(name, load_scorer(rest, device="cuda" if torch.cuda.is_available() else "cpu"))
+    return annotator(kind, knobs, scorer(reviews), name=name, seed=int(seed))
 
 
 def _llm(name: str, rest: str, cfg: LabelConfig, held: ExitStack) -> Judge:
@@ -114,19 +93,13 @@ def _criteria(path: str | None) -> str:
     return text
 
 
-def _reviews(prompt: Prompt, text: str) -> float:
-    """The embedded world's reward, which reads plain text: of a conversation, its last message."""
-    return reward(prompt if isinstance(prompt, str) else prompt[-1].content, text)
-
-
 def _names() -> str:
-    rules = "rule:length, rule:regex:PATTERN, rule:json, rule:reviews, rule:python:MODULE:FUNCTION"
-    return f"{rules}, simulated:KIND:KNOB=X, reward:RUN, llm:URL#MODEL"
+    return f"{SCORERS}, simulated:KIND:KNOB=X, llm:URL#MODEL"
 
 
 _KINDS: dict[str, Callable[[str, str, LabelConfig, ExitStack], Judge]] = {
-    "rule": _rule,
+    "rule": _scored,
+    "reward": _scored,
     "simulated": _simulated,
-    "reward": _reward,
     "llm": _llm,
 }

@@ -102,8 +102,8 @@ class LabelConfig(Page):
     judge: str | None = Field(
         None,
         min_length=1,
-        description="who decides: rule:length, rule:regex:PATTERN, rule:json, rule:reviews, rule:python:MODULE:F, "
-        "simulated:KIND:KNOB=X, reward:RUN, llm:URL#MODEL; several with ' ; ' between them",
+        description="who decides: rule:length, rule:regex:PATTERN, rule:json, rule:reviews, rule:enumerable:SEED, "
+        "rule:python:MODULE:F, simulated:KIND:KNOB=X, reward:RUN, llm:URL#MODEL; several with ' ; ' between them",
     )
     out: str = Field("", description="folder of judgements.jsonl, pairs.jsonl, rankings.jsonl, label.json")
     orders: Literal["auto", "random", "both"] = Field(
