@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -26,10 +27,28 @@ from preftune.errors import ConfigError
 from preftune.models.attention import own_attention
 from preftune.records import Prompt, Response
 
-__all__ = ["plan", "sample"]
+__all__ = ["Drawn", "draw", "plan", "sample"]
 
 
-def sample(
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One answer with its tokens: a text read again may be other tokens than those that were drawn."""
+
+    prompt: tuple[int, ...]
+    """Ids that the model was asked with."""
+    ids: tuple[int, ...]
+    """Ids drawn, the stop id included where there was one."""
+    logps: tuple[float, ...]
+    """Log-prob of each under the sampler, nats."""
+    response: Response
+
+
+def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], **settings: Any) -> list[list[Response]]:
+    """The responses of `draw`, which has the settings and their meaning."""
+    return [[drawn.response for drawn in answers] for answers in draw(model, tokenizer, prompts, **settings)]
+
+
+def draw(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
@@ -43,7 +62,7 @@ def sample(
     writer: str = "",
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda prompts: None,
-) -> list[list[Response]]:
+) -> list[list[Drawn]]:
     """`n` answers to every prompt, in the order of the prompts, each with its log-prob under this very sampler.
 
     `temperature` divides the logits, 0 takes the most likely token; `top_p` keeps the smallest set of most likely
@@ -61,7 +80,7 @@ def sample(
     name = quote(writer or model.name_or_path or model.config.model_type, safe="/:.-_")
     settings = f"temperature={temperature:g} top_p={top_p:g} max_tokens={max_tokens} seed={seed} engine=local"
     numbers = _numbers(encoded, first, n)
-    answers: list[list[Response]] = [[] for _ in prompts]
+    answers: list[list[Drawn]] = [[] for _ in prompts]
     with _evaluation(model):
         for rows in batches:
             streams = [_stream(seed, encoded[row], number) for row in rows for number in numbers[row]]
@@ -72,7 +91,8 @@ def sample(
                 text = _text(tokenizer, encoded[row], ids[:-1] if finished else ids)
                 provenance = f"model={name} {settings} tokens={len(ids)}"
                 logp = math.fsum(logps[position])
-                answers[row].append(Response(text=text, finished=finished, provenance=provenance, logp=logp))
+                response = Response(text=text, finished=finished, provenance=provenance, logp=logp)
+                answers[row].append(Drawn(tuple(encoded[row]), tuple(ids), tuple(logps[position]), response))
             progress(len(rows))
     return answers
 
