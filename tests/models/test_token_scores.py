@@ -54,20 +54,21 @@ def truly_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "float", Tensor.double)
 
 
-def alone(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def alone(model: Any, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
     """(log-softmax [L, V], targets [L]) of every response, one sequence at a time, by the model's own forward."""
     with own_attention(model):
         for group in groups():
             for response in group.responses:
                 ids = torch.from_numpy(np.concatenate((group.prompt, response)).astype(np.int64))
                 start = len(group.prompt)
-                yield torch.log_softmax(model(input_ids=ids[None]).logits[0, start - 1 : -1], -1), ids[start:]
+                logits = model(input_ids=ids[None]).logits[0, start - 1 : -1]
+                yield torch.log_softmax(logits / temperature, -1), ids[start:]
 
 
-def by_definition(policy: Any, reference: Any) -> TokenScores:
+def by_definition(policy: Any, reference: Any, temperature: float = 1.0) -> TokenScores:
     """The same from whole distributions."""
     logps, reference_logps, divergence, alignment = [], [], [], []
-    for (log_q, y), (log_p, _) in zip(alone(policy), alone(reference), strict=True):
+    for (log_q, y), (log_p, _) in zip(alone(policy, temperature), alone(reference, temperature), strict=True):
         log_p, at = log_p.detach(), torch.arange(len(y))
         logps.append(log_q[at, y])
         reference_logps.append(log_p[at, y])
@@ -83,8 +84,8 @@ def gradients(model: Any, values_C: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def everything(policy: Any, reference: Any, batch: PackedBatch) -> TokenScores:
-    return score_tokens(policy, batch, reference_model=reference, divergence=True, alignment=True)
+def everything(policy: Any, reference: Any, batch: PackedBatch, **more: float) -> TokenScores:
+    return score_tokens(policy, batch, reference_model=reference, divergence=True, alignment=True, **more)
 
 
 BATCHES = {"packed": lambda: pack(groups()), "padded": lambda: pad(groups(), pad_id=7)}
@@ -117,6 +118,20 @@ def test_float32_scores_equal_those_of_plain_logits_to_rounding(kind: str) -> No
         found, expected = getattr(ours, name), getattr(theirs, name)
         assert found.dtype == torch.float32
         assert (found - expected).abs().max() <= 5e-6 * (1 + expected.abs().max()), name
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+@pytest.mark.usefixtures("truly_float64")
+def test_a_temperature_divides_the_logits_of_both(kind: str, temperature: float) -> None:
+    """float64, 1e-11: log-probs, divergence and alignment are those of softmax(z / T), behind Gemma 2's softcap too."""
+    policy, reference = build(kind, 0), build(kind, 1)
+    ours = everything(policy, reference, pack(groups()), temperature=temperature)
+    theirs, plain = by_definition(policy, reference, temperature), by_definition(policy, reference)
+    for name in ("logps", "reference", "divergence", "alignment"):
+        found, expected = getattr(ours, name), getattr(theirs, name)
+        assert (found - expected).abs().max() <= 1e-11 * expected.abs().max(), name
+        assert (found - getattr(plain, name)).abs().max() > 0.1, name
 
 
 @pytest.mark.parametrize("layout", BATCHES)

@@ -64,9 +64,11 @@ def score_tokens(
     reference_model: Any = None,
     divergence: bool = False,
     alignment: bool = False,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """`score` and what else is asked of the same tokens, from one forward of the policy and one of the reference.
 
+    `temperature` > 0 divides the logits of both, as a sampler does: every number is then of the tempered laws.
     The reference is run without gradients and must, as the policy, have been prepared by `attention.install` when the
     batch is packed. Raises RunError on a divergence without a reference model or between two vocabularies.
     """
@@ -74,11 +76,11 @@ def score_tokens(
         raise RunError(
             "a divergence needs the reference's whole distributions: pass reference_model, not its log-probs"
         )
-    policy = _head_inputs(model, batch)
+    policy = _head_inputs(model, batch, temperature)
     reference = reference_C = None
     if reference_model is not None:
         with torch.no_grad():
-            reference = _head_inputs(reference_model, batch)
+            reference = _head_inputs(reference_model, batch, temperature)
             reference_C = reference.logps(batch.targets)
     return TokenScores(
         policy.logps(batch.targets),
@@ -190,9 +192,12 @@ def hidden_states(model: Any, batch: PackedBatch, at: Tensor) -> Tensor:
     return states
 
 
-def _head_inputs(model: Any, batch: PackedBatch) -> _HeadInputs:
+def _head_inputs(model: Any, batch: PackedBatch, temperature: float) -> _HeadInputs:
     hidden_Cd = hidden_states(model, batch, batch.predict_at)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise RunError(f"{type(model).__name__} has no linear vocabulary projection but {type(head).__name__}")
-    return _HeadInputs(hidden_Cd, head.weight, head.bias, *_logit_transform(model))
+    softcap, scale = _logit_transform(model)
+    # c tanh(z / c) / T is a cap of c / T on logits of z / T.
+    softcap = None if softcap is None else softcap / temperature
+    return _HeadInputs(hidden_Cd, head.weight, head.bias, softcap, scale / temperature)
