@@ -7,8 +7,8 @@ With V symbols besides the end of sequence and at most T tokens a prompt has
 the strings of t < T symbols followed by the end of sequence, and the V^T strings of T symbols that the limit cuts off.
 That is the law of `models.generate.sample` with `max_tokens` T, finished and unfinished answers alike, and it sums
 to 1. Where a completion is said to end at the limit in any case, a cut string is that completion and the end of
-sequence behind it has probability 1: the same numbers. One forward over the V^(T-1) longest prefixes has the next
-token's distribution after every prefix.
+sequence behind it has probability 1: the same numbers. Prefixes are fed level by level behind a key-value cache, so
+each of the V^(T-1) + ... + 1 of them costs one token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from preftune.models.attention import own_attention
 __all__ = ["Completions", "count_completions", "enumerate_completions"]
 
 BUDGET = 100_000  # completions of one prompt: as float64 laws and tokens, a few megabytes
-TOKENS_AT_ONCE = 32_768  # fed in one forward, which bounds its memory whatever the number of prefixes
+TOKENS_AT_ONCE = 65_536  # held in the cache, which bounds its memory whatever the number of prefixes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -81,12 +81,12 @@ def enumerate_completions(
     vocabulary = len(model.get_input_embeddings().weight)
     _check(model, prompts, vocabulary, eos_id, max_tokens, temperature)
     symbols = torch.tensor([i for i in range(vocabulary) if i != eos_id], device=model.device)
-    prefixes = _strings(symbols, max_tokens - 1)
     training = model.training
     model.eval()
     try:
         with own_attention(model):
-            laws = [_law(_next_logits(model, prompt, prefixes), symbols, eos_id, temperature) for prompt in prompts]
+            after = (_next_logits(model, prompt, symbols, max_tokens) for prompt in prompts)
+            laws = [_law(logits, symbols, eos_id, temperature) for logits in after]
     finally:
         model.train(training)
 
@@ -108,22 +108,30 @@ def _filled(strings: Tensor, width: int, eos_id: int) -> Tensor:
     return torch.nn.functional.pad(strings, (0, width - strings.shape[1]), value=eos_id)
 
 
-def _next_logits(model: Any, prompt: Sequence[int], prefixes: Tensor) -> Tensor:
-    """[V^(T-1), T, vocabulary] logits after the prompt and after each beginning of each of the longest prefixes."""
-    asked = torch.tensor(list(prompt), device=prefixes.device).expand(len(prefixes), -1)
-    rows = torch.cat([asked, prefixes], dim=1)
-    at_once = max(1, TOKENS_AT_ONCE // rows.shape[1])
-    steps = prefixes.shape[1] + 1
-    return torch.cat([model(input_ids=part, use_cache=False).logits[:, -steps:] for part in rows.split(at_once)])
+def _next_logits(model: Any, prompt: Sequence[int], symbols: Tensor, levels: int) -> list[Tensor]:
+    """For t = 0 .. levels - 1 the logits after the prompt and every string of t symbols, [V^t, vocabulary]."""
+    rows = len(symbols) ** (levels - 1)
+    asked = torch.tensor([list(prompt)], device=symbols.device)
+    if levels > 1 and rows * (len(prompt) + levels - 1) > TOKENS_AT_ONCE:
+        first = model(input_ids=asked, use_cache=False).logits[:, -1]
+        parts = [_next_logits(model, [*prompt, symbol], symbols, levels - 1) for symbol in symbols.tolist()]
+        return [first, *map(torch.cat, zip(*parts, strict=True))]
+    out = model(input_ids=asked, use_cache=levels > 1)
+    logits = [out.logits[:, -1]]
+    for _ in range(levels - 1):
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(len(symbols))
+        out = model(input_ids=symbols.repeat(len(logits[-1]))[:, None], past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1])
+    return logits
 
 
-def _law(logits: Tensor, symbols: Tensor, eos_id: int, temperature: float) -> Tensor:
+def _law(logits: Sequence[Tensor], symbols: Tensor, eos_id: int, temperature: float) -> Tensor:
     """[M] log-probs of all completions from the logits after all prefixes, by the chain rule, level by level."""
     law = []
-    prefix_logps = logits.new_zeros(1, dtype=torch.float64)
-    for t in range(logits.shape[1]):
-        stride = len(logits) // len(prefix_logps)  # the rows in between begin with the same t symbols
-        step = torch.log_softmax(logits[::stride, t].double() / temperature, -1)
+    prefix_logps = logits[0].new_zeros(1, dtype=torch.float64)
+    for level in logits:
+        step = torch.log_softmax(level.double() / temperature, -1)
         law.append(prefix_logps + step[:, eos_id])
         prefix_logps = (prefix_logps[:, None] + step[:, symbols]).flatten()
     return torch.cat([*law, prefix_logps])
