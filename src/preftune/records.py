@@ -177,6 +177,8 @@ class RunCard:
     git_commit: str = ""
     notes: tuple[str, ...] = ()
     """Whatever the run had to decide: fall-backs taken, settings derived."""
+    times: dict[str, float] = field(default_factory=dict)
+    """`began`, and `ended` once it did, seconds since 1970; a continued run keeps its beginning."""
 
 
 _TYPES: dict[str, type] = {

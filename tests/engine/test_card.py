@@ -49,7 +49,8 @@ def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path) -
         r.evaluated(0, {"loss": 9.0})
         steps(r, 1, 7)
         raise KeyboardInterrupt
-    assert card_in(tmp_path / "killed").status == "stopped"
+    first = card_in(tmp_path / "killed")
+    assert first.status == "stopped"
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "step": 8, "ti')
     with opened(tmp_path / "killed", resume=True) as r:
@@ -58,6 +59,8 @@ def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path) -
         r.finish({})
     whole, resumed = ([row | {"time": 0} for row in rows(tmp_path / name)] for name in ("whole", "killed"))
     assert whole == resumed and len(whole) == 16
+    last = card_in(tmp_path / "killed").times
+    assert last["began"] == first.times["began"] <= first.times["ended"] < last["ended"], "began once, ended later"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_its_metrics_anew(tmp_path: Path) -> None:

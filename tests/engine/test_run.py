@@ -63,6 +63,7 @@ def test_a_finished_run_leaves_its_card_and_its_metrics(tmp_path: Path) -> None:
     assert rows(r.folder)[0]["metrics"] == {"loss": 0.1 + 0.2, "pairs": 4}
     assert '"loss": 0.30000000000000004' in (r.folder / "metrics.jsonl").read_text()
     assert abs(rows(r.folder)[0]["time"] - time.time()) < 60
+    assert time.time() - 60 < card.times["began"] <= card.times["ended"] <= time.time()
 
 
 def test_numbers_that_are_not_finite_are_written_as_words_never_replaced(tmp_path: Path) -> None:

@@ -90,6 +90,12 @@ def test_the_reported_numbers_are_those_that_plain_transformers_gives(
         assert found[f"{name}_low"] < found[name] < found[f"{name}_high"]
     half_width = 2.131 * float(margin.std()) / 4  # Student's t with 15 degrees of freedom
     assert found["reward_margin_high"] - found["reward_margin"] == pytest.approx(half_width, rel=1e-3)
+    last = rows(tmp_path / "run", "eval")[-1]["metrics"]
+    spread = {"reward_margin": margin, "logp_chosen_change": reward[0] / 0.3, "logp_rejected_change": reward[1] / 0.3}
+    at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    for name, values in spread.items():  # for the report's bands, to four digits, and no part of the results
+        assert last[f"{name}_quantiles"] == pytest.approx(values.quantile(at).tolist(), rel=2e-3, abs=1e-3)
+        assert f"{name}_quantiles" not in found
 
 
 @pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo", "ipo_average", "hinge", "simpo"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Integral, Real
@@ -27,6 +28,7 @@ def new_card(stage: str, config: Mapping[str, Any]) -> RunCard:
         versions=versions(),
         host=host(),
         git_commit=git_commit(),
+        times={"began": round(time.time(), 3)},
     )
 
 
@@ -56,7 +58,8 @@ def continued(
     for package in new.versions:
         if change := _change(earlier.versions, new.versions, package):
             notes.append(f"resumed under {change}: equality with an uninterrupted run is no longer certain")
-    card = replace(new, hashes=earlier.hashes, data=earlier.data, results=earlier.results, notes=earlier.notes)
+    kept = {name: getattr(earlier, name) for name in ("hashes", "data", "results", "notes")}
+    card = replace(new, **kept, times={**new.times, **earlier.times})
     return card, tuple(notes)
 
 

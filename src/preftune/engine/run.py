@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from preftune.engine.card import continued, jsonable, new_card, read_card, refuse_other_inputs
 from preftune.engine.console import Display, headline
@@ -222,7 +222,7 @@ class Run:
     def finish(self, results: Mapping[str, Any]) -> RunCard:
         """The last word: `done` with these results, or `stopped` when a signal came before the last step."""
         stopped = self.stop_signal is not None and (self._step < self._total or self._total == 0)
-        self.card = replace(self.card, status="stopped" if stopped else "done")
+        self._end("stopped" if stopped else "done")
         self.record(results=results)
         return self.card
 
@@ -239,12 +239,16 @@ class Run:
         elif error is None and self.card.status != "running":
             return
         elif isinstance(error, (Stopped, KeyboardInterrupt)) or (error is None and self.stop_signal is not None):
-            self.card = replace(self.card, status="stopped")
+            self._end("stopped")
         else:
             cause = "left without a result" if error is None else f"{type(error).__name__}: {error}"
-            self.card = replace(self.card, status="failed", notes=(*self.card.notes, f"failed: {cause}"))
+            self._end("failed", f"failed: {cause}")
         with contextlib.suppress(RunError) if error is not None else contextlib.nullcontext():  # the first error counts
             self._write_card()
+
+    def _end(self, status: Literal["done", "stopped", "failed"], *notes: str) -> None:
+        times = self.card.times | {"ended": round(time.time(), 3)}
+        self.card = replace(self.card, status=status, times=times, notes=(*self.card.notes, *notes))
 
     def _remember(self, text: str) -> None:
         if text not in self.card.notes:

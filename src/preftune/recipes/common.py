@@ -225,7 +225,8 @@ class Loop:
         numbers = results()
         if numbers:
             self.run.evaluated(self.step, numbers)
-        self.run.record(results={"steps": self.step, **numbers})
+        told = {name: number for name, number in numbers.items() if not isinstance(number, list)}  # no quantiles
+        self.run.record(results={"steps": self.step, **told})
         card = model_card(self.run.card, base_model=self.cfg.model, method=method)
         save(self.model.model, self.model.tokenizer, self.run.folder / "model", state=None, card=card)
         return self.run.finish({})

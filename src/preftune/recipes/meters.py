@@ -21,7 +21,10 @@ from preftune.equations.stats import mean_interval, quantiles, wilson
 from preftune.errors import NotFinite
 from preftune.tensors import LabelledLogps, ListLogps, PackedBatch, PairIndex, PairLogps, ResponseLogps, TokenGroup
 
-__all__ = ["Collected", "PreferenceMeter", "TokenMeter", "speed", "token_weights"]
+__all__ = ["QUANTILES", "Collected", "PreferenceMeter", "TokenMeter", "speed", "token_weights"]
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Of what `NAME_quantiles` in metrics.jsonl holds: one list per record, four significant digits."""
 
 _UNITS = {PairLogps: "pair", ListLogps: "ranking", LabelledLogps: "label"}
 
@@ -84,6 +87,7 @@ class PreferenceMeter:
             reward_w, reward_l = self._pairs.table()[:2]
             margin = mean_interval(reward_w - reward_l)
             numbers |= {"reward_margin_low": margin.low, "reward_margin_high": margin.high}
+            numbers |= _quantiles("reward_margin", reward_w - reward_l)
         return numbers
 
     def _numbers(self) -> dict[str, Any]:
@@ -127,8 +131,14 @@ def _pair_numbers(table: NDArray[np.float64]) -> dict[str, Any]:
         "logp_chosen": float(logp_w.mean()), "logp_rejected": float(logp_l.mean()),
         "logp_chosen_change": float(ratio_w.mean()), "logp_rejected_change": float(ratio_l.mean()),
         "length_chosen": float(n_w.mean()), "length_rejected": float(n_l.mean()),
+        **_quantiles("logp_chosen_change", ratio_w), **_quantiles("logp_rejected_change", ratio_l),
         "pairs": len(margin),
     }  # fmt: skip
+
+
+def _quantiles(name: str, values: NDArray[np.float64]) -> dict[str, list[float]]:
+    """Where the values lie, for a report; short, for it is written at every step."""
+    return {f"{name}_quantiles": [float(f"{q:.4g}") for q in quantiles(values, QUANTILES)]}
 
 
 def _label_numbers(table: NDArray[np.float64]) -> dict[str, Any]:

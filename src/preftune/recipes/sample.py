@@ -68,7 +68,8 @@ def main(cfg: SampleConfig) -> RunCard:
             seconds = round(time.monotonic() - began, 3)
             results = {"prompts": len(prompts), "lines_found": len(file.lines), **counts, "seconds": seconds}
             results["tokens_per_second"] = round(counts["tokens"] / seconds, 1) if seconds else 0.0
-            card = keep(out, replace(card, status=status, results=results))
+            times = card.times | {"ended": round(time.time(), 3)}
+            card = keep(out, replace(card, status=status, results=results, times=times))
     display.note(f"sample done: {counts['lines']} lines with {counts['responses']} responses added to {out}")
     return card
 
