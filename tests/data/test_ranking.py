@@ -84,6 +84,15 @@ def test_the_random_opponent_is_uniform() -> None:
     assert sum((n - 300) ** 2 / 300 for n in counts.values()) < 18.4
 
 
+def test_the_random_pair_is_any_pair_that_does_not_tie() -> None:
+    """Scores 3, 2, 2, 1 compare five ways; 900 rows: chi-square with 4 degrees of freedom below its 99.99 % point."""
+    rows = [row([3.0, 2.0, 2.0, 1.0], prompt=str(i)) for i in range(900)]
+    counts = Counter(pair for r in rows for pair in pair_positions(r, "random"))
+    assert counts.total() == 900 and set(counts) == set(pair_positions(rows[0], "all"))
+    assert sum((n - 180) ** 2 / 180 for n in counts.values()) < 23.6
+    assert pair_positions(row([2.0, 2.0]), "random") == ()
+
+
 @given(POLICY)
 def test_stated_pairs_stand_above_ranks(policy: str) -> None:
     """Comparisons a person made are used as made, also against the order of the ranks."""

@@ -43,9 +43,9 @@ def pair_positions(row: RankedResponses, policy: str = "all", *, seed: int = 0) 
     """The (chosen, rejected) positions a row stands for; the row's own `pairs` stand above its ranks.
 
     `all` compares every two responses of different rank; `adjacent` those of neighbouring ranks; `best_worst`
-    the first rank with the last; `best_random` the first rank with one response drawn from the others. The draw
-    depends on seed, prompt and response texts alone, so it survives a reordering of the file.
-    K different ranks give K(K-1)/2, K-1, 1 and 1 pairs; K equal ranks give none. Raises ConfigError.
+    the first rank with the last; `best_random` the first rank with one response drawn from the others; `random` one
+    pair drawn from `all`. A draw depends on seed, prompt and response texts alone, so it survives a reordering of the
+    file. K different ranks give K(K-1)/2, K-1, 1, 1 and 1 pairs; K equal ranks give none. Raises ConfigError.
     """
     if policy not in POLICIES:
         raise ConfigError(f"pairs {policy!r} is unknown; allowed: {', '.join(POLICIES)}")
@@ -72,6 +72,11 @@ def _best_random(levels: Levels, draw: Callable[[int], int]) -> Pairs:
     return tuple((best, others[draw(len(others))]) for best in levels[0]) if others else ()
 
 
+def _random(levels: Levels, draw: Callable[[int], int]) -> Pairs:
+    pairs = _all(levels, draw)
+    return (pairs[draw(len(pairs))],) if pairs else ()
+
+
 def _draw(row: RankedResponses, seed: int) -> int:
     """A number in [0, 2^256), the same wherever and whenever the row is read."""
     content = repr((seed, row.prompt, [response.text for response in row.responses]))
@@ -83,4 +88,5 @@ POLICIES: dict[str, Callable[[Levels, Callable[[int], int]], Pairs]] = {
     "adjacent": _adjacent,
     "best_worst": _best_worst,
     "best_random": _best_random,
+    "random": _random,
 }

@@ -67,7 +67,7 @@ class Reading(Settings):
 class Pairing(Settings):
     """From rankings to pairs"""
 
-    pairs: Literal["all", "adjacent", "best_worst", "best_random"] = Field(
+    pairs: Literal["all", "adjacent", "best_worst", "best_random", "random"] = Field(
         "all", description="which responses of a ranking are compared; ties never are"
     )
 
