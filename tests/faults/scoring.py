@@ -23,9 +23,45 @@ FAULTS = [
     Fault(
         "head: the softcap is not differentiated",
         _HEAD,
-        "yield low, logits if slope is None else logits.mul_(slope), room",
-        "yield low, logits, room",
+        "                if slope is not None:\n                    logits.mul_(slope)\n                logits[own",
+        "                logits[own",
         f"{_TESTS} -k equal_log_softmax",
+    ),
+    Fault(
+        "head: the softcap of kept blocks is not differentiated",
+        _HEAD,
+        "pull = logits if slope is None else logits.mul_(slope)",
+        "pull = logits",
+        f"{_TESTS} -k equal_log_softmax",
+    ),
+    Fault(
+        "head: kept blocks are scaled by the last maximum, not their own",
+        _HEAD,
+        "kept.blocks.append((pull if room is pull else room.copy_(pull), higher))",
+        "kept.blocks.append((pull if room is pull else room.copy_(pull), maximum))\n"
+        "        kept.blocks = [(pull, maximum) for pull, _ in kept.blocks]",
+        f"{_TESTS} -k equal_log_softmax",
+    ),
+    Fault(
+        "head: the factor of a kept block overflows",
+        _HEAD,
+        "_FARTHEST = 40.0",
+        '_FARTHEST = float("inf")',
+        f"{_TESTS} -k no_probability",
+    ),
+    Fault(
+        "head: 1 is taken from a probability that was rounded to bfloat16",
+        _HEAD,
+        "pull[own, targets[own] - low] = (miss[own] / f[own]).to(pull.dtype)",
+        "pull[own, targets[own] - low] -= (1 / f[own]).to(pull.dtype)",
+        f"{_TESTS} -k nearly_certain",
+    ),
+    Fault(
+        "head: what was kept is not used",
+        _HEAD,
+        "for i, (pull, maximum) in enumerate(kept.blocks):",
+        "kept.blocks = []\n            for i, (pull, maximum) in enumerate(kept.blocks):",
+        f"{_TESTS} -k is_used",
     ),
     Fault(
         "head: the scale of the logits is missing in the gradient",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from preftune.models.head import token_logprobs
 
@@ -47,14 +48,24 @@ def values_and_gradients(function: Any, given: dict[str, Any], **options: Any) -
     return [logps.detach(), *torch.autograd.grad(logps, leaves, upstream)]
 
 
+NOTHING, PART, ALL = 0, 60 * C * 8, 2**28
+"""Bytes the forward may keep: no block, about half of the vocabulary in float64, every block."""
+
+
+def keep(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    monkeypatch.setattr("preftune.models.head._KEPT_BYTES", {"cpu": room})
+
+
+@pytest.mark.parametrize("room", [NOTHING, PART, ALL])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 130, 131, 1000, None])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_values_and_all_gradients_equal_log_softmax(
-    bias: bool, softcap: float | None, scale: float, chunk: int | None
+    bias: bool, softcap: float | None, scale: float, chunk: int | None, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float64, whatever the block size, with bias, softcap and scale."""
+    """float64, whatever the block size and whatever part is kept for the backward, with bias, softcap and scale."""
+    keep(monkeypatch, room)
     given = inputs(bias=bias)
     ours = values_and_gradients(token_logprobs, given, softcap=softcap, scale=scale, chunk=chunk)
     theirs = values_and_gradients(reference, given, softcap=softcap, scale=scale)
@@ -64,7 +75,9 @@ def test_values_and_all_gradients_equal_log_softmax(
         assert (one - other).abs().max() <= 1e-12 * other.abs().max()
 
 
-def test_float32_is_exact_to_its_rounding() -> None:
+@pytest.mark.parametrize("room", [NOTHING, ALL])
+def test_float32_is_exact_to_its_rounding(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(monkeypatch, room)
     given = inputs(torch.float32, bias=True)
     exact = {name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
              for name, t in given.items()}  # fmt: skip
@@ -74,8 +87,10 @@ def test_float32_is_exact_to_its_rounding() -> None:
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()
 
 
-def test_bf16_gives_float32_log_probs_and_bf16_gradients() -> None:
+@pytest.mark.parametrize("room", [NOTHING, ALL])
+def test_bf16_gives_float32_log_probs_and_bf16_gradients(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The products run in bf16, the softmax does not: errors stay within a bf16 rounding of the logits (2^-8 of 16)."""
+    keep(monkeypatch, room)
     given = inputs(torch.bfloat16)
     exact = {name: t if t is None or t.dtype == torch.int64 else t.detach().double().requires_grad_()
              for name, t in given.items()}  # fmt: skip
@@ -85,6 +100,46 @@ def test_bf16_gives_float32_log_probs_and_bf16_gradients() -> None:
     assert (ours[0] - theirs[0]).abs().max() <= 16 * 2**-8
     for one, other in zip(ours[1:], theirs[1:], strict=True):
         assert (one - other).norm() <= 0.02 * other.norm()
+
+
+def test_a_token_that_is_nearly_certain_keeps_its_gradient_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """p - 1 = -1e-3 is kept as such: 1 minus a p rounded to bf16 would be 0, or four times as much."""
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[0.0]] * 50 + [[10.8]], dtype=torch.bfloat16)
+    for room in (NOTHING, ALL):
+        keep(monkeypatch, room)
+        (gradient,) = torch.autograd.grad(token_logprobs(hidden, weight, torch.tensor([50]), chunk=20).sum(), hidden)
+        odds = 50 * math.exp(-float(weight[50]))
+        assert float(gradient) == pytest.approx(float(weight[50]) * odds / (1 + odds), rel=0.02)
+
+
+def test_what_is_kept_is_used_and_a_second_backward_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all blocks kept the backward makes two products a block, not three, and gives the same twice."""
+    given = inputs()
+    products: list[int] = []
+    for room in (NOTHING, ALL):
+        keep(monkeypatch, room)
+        logps = token_logprobs(**given, chunk=40)
+        leaves = (given["hidden_Cd"], given["weight_Vd"])
+        first: list[Tensor] = []
+        with FlopCounterMode(display=False) as counter:
+            first += torch.autograd.grad(logps.sum(), leaves, retain_graph=True)
+        products.append(counter.get_total_flops() // (2 * C * V * D))
+        for one, other in zip(first, torch.autograd.grad(logps.sum(), leaves), strict=True):
+            assert (one - other).abs().max() <= 1e-12 * other.abs().max()
+    assert products == [3, 2]
+
+
+@pytest.mark.parametrize("room", [NOTHING, ALL])
+def test_blocks_of_no_probability_have_no_gradient_but_their_target(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later block 1e4 nats above the target's: the target still gets -1, its neighbours nothing; no overflow."""
+    keep(monkeypatch, room)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        hidden = torch.ones(1, 1, dtype=dtype)
+        weight = torch.tensor([[0.0], [1.0], [2.0], [1e4]], dtype=dtype, requires_grad=True)
+        token_logprobs(hidden, weight, torch.tensor([1]), chunk=1 if dtype == torch.float64 else 3).sum().backward()
+        assert weight.grad is not None
+        assert torch.allclose(weight.grad[:, 0], torch.tensor([0, 1, 0, -1], dtype=dtype), atol=1e-15)
 
 
 def test_bf16_weight_gradients_are_accumulated_in_float32() -> None:
@@ -115,8 +170,9 @@ def sizes_made(function: Callable[[], Any]) -> list[int]:
 
 @pytest.mark.parametrize("chunk", [16, 500, None])
 def test_the_whole_of_tokens_by_vocabulary_never_exists(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor made in the forward or the backward is larger than a block or the weight's gradient."""
+    """No tensor made, forward or backward, is larger than a block, the weight's gradient or what may be kept."""
     tokens, entries, size, block = 64, 4096, 8, 2**14
+    keep(monkeypatch, 4 * entries * size)
     monkeypatch.setattr("preftune.models.head._BLOCK_ELEMENTS", {"cpu": block})
     hidden, weight = torch.randn(tokens, size, requires_grad=True), torch.randn(entries, size, requires_grad=True)
     targets = torch.randint(entries, (tokens,))
@@ -124,8 +180,9 @@ def test_the_whole_of_tokens_by_vocabulary_never_exists(chunk: int | None, monke
     assert max(made) <= max(tokens * chunk if chunk else block, entries * size) < tokens * entries
 
 
-def test_a_frozen_head_costs_no_gradient_of_its_own() -> None:
+def test_a_frozen_head_costs_no_gradient_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what asks for a gradient gets one, and without gradients nothing is kept."""
+    keep(monkeypatch, NOTHING)
     given = inputs(bias=True)
     frozen = given | {"weight_Vd": given["weight_Vd"].detach(), "bias": given["bias"].detach()}
     token_logprobs(**frozen).sum().backward()
@@ -135,8 +192,9 @@ def test_a_frozen_head_costs_no_gradient_of_its_own() -> None:
     assert torch.allclose(given["hidden_Cd"].grad * 2, expected)
     made = sizes_made(lambda: token_logprobs(**frozen, chunk=5).sum().backward())
     assert 5 * C in made and max(made) < V * D
+    keep(monkeypatch, ALL)
     with torch.no_grad():
-        assert token_logprobs(**given).grad_fn is None
+        assert max(sizes_made(lambda: token_logprobs(**given, chunk=5))) < C * V
 
 
 def test_logits_far_apart_neither_overflow_nor_vanish() -> None:

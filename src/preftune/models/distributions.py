@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from preftune.models.head import Blocks, block_entries, pull_back
+from preftune.models.head import Blocks, Pull, block_entries, pull_back
 
 __all__ = ["token_alignment", "token_divergence"]
 
@@ -129,11 +129,11 @@ class _TokenDivergence(torch.autograd.Function):
         policy = Blocks(hidden, weight, bias, *ctx.settings[0])
         reference = Blocks(ref_hidden, ref_weight, ref_bias, *ctx.settings[1])
 
-        def pulls() -> Iterator[tuple[int, Tensor, Tensor]]:
+        def pulls() -> Iterator[Pull]:
             """q - p."""
             for (low, z, room), (_, u, _) in zip(policy, reference, strict=True):
                 slope = policy.slope(z)
                 z.sub_(lse[:, None]).exp_().sub_(u.sub_(ref_lse[:, None]).exp_())
-                yield low, z if slope is None else z.mul_(slope), room
+                yield low, z if slope is None else z.mul_(slope), room, None
 
         return *pull_back(policy, pulls(), grad_C, ctx.needs_input_grad[:3], hidden), *(None,) * 8
