@@ -2,7 +2,8 @@
 
 `level` is the probability with which the interval covers the truth over repeated samples, in (0, 1).
 All of them take the n observations as independent; where they are not (several pairs of one prompt, several samples
-of one answer), say so with `clusters` in `paired_bootstrap`.
+of one answer), say so with `clusters`: one label per item, and only items of different labels need be independent.
+`docs/statistics.md` tells how often each of them covers the truth.
 """
 
 from __future__ import annotations
@@ -12,11 +13,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-__all__ = ["Interval", "calibration_error", "mean_interval", "paired_bootstrap", "quantiles", "share", "wilson"]
+from preftune.equations.resampling import Floats, Statistic, jackknife, owners, resampled, weighted_mean
+
+__all__ = [
+    "Equivalence",
+    "Interval",
+    "bootstrap",
+    "calibration_error",
+    "equivalence",
+    "holm",
+    "mean_interval",
+    "mean_p",
+    "paired_bootstrap",
+    "paired_difference",
+    "quantiles",
+    "seeds_and_prompts",
+    "share",
+    "wilson",
+]
+
+NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +53,17 @@ class Interval:
         return f"{self.estimate:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """Whether a mean lies within +- margin: shown, when p < alpha; else not shown, which does not mean different."""
+
+    difference: Interval
+    """With the interval of level 1 - 2 alpha, which lies inside +- margin exactly when equivalence is shown."""
+    margin: float
+    p: float
+    shown: bool
+
+
 def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
     """A share successes/n with the score interval of Wilson (1927), inside [0, 1] also when all or none succeed.
 
@@ -40,32 +72,137 @@ def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a share needs n >= 1 and 0 <= successes <= n, not {successes} of {n}")
-    z = NormalDist().inv_cdf(_two_sided(level))
-    share, shrink = successes / n, 1 + z**2 / n
-    centre = (share + z**2 / (2 * n)) / shrink
-    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / shrink
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return Interval(share, low, high, n)
+    return _wilson(successes / n, n, NORMAL.inv_cdf(_two_sided(level)), n)
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+def share(successes: ArrayLike, level: float = 0.95, *, clusters: Sequence[object] | None = None) -> Interval:
+    """The mean of successes in [0, 1], ties as halves: Wilson's interval; where clusters hold several items, of n_eff.
+
+    n_eff = p (1 - p) / se^2 with the clusters' standard error, at most n (Kish, 1965), and Student's t for G clusters
+    in place of z. A share of 0 or 1 shows no spread: its n_eff is G, as if the items of a cluster were one.
+    Raises ValueError as `wilson` does.
+    """
+    success_N = _finite(successes)
+    n, p = len(success_N), float(success_N.mean())
+    owner_N, groups = owners(n, clusters)
+    if groups == n:
+        return wilson(float(success_N.sum()), n, level)
+    if success_N.min() < 0 or success_N.max() > 1:
+        raise ValueError("a share needs successes in [0, 1]")
+    quantile = _two_sided(level)
+    if groups == 1:
+        return Interval(p, 0.0, 1.0, n)
+    variance = _standard_error(success_N, owner_N, groups) ** 2
+    n_eff = float(groups) if p in (0.0, 1.0) else min(n, p * (1 - p) / variance) if variance else float(n)
+    return _wilson(p, n_eff, _t_quantile(quantile, groups - 1), n)
+
+
+def _wilson(share: float, n_eff: float, z: float, n: int) -> Interval:
+    shrink = 1 + z**2 / n_eff
+    centre = (share + z**2 / (2 * n_eff)) / shrink
+    half = z * math.sqrt(share * (1 - share) / n_eff + z**2 / (4 * n_eff**2)) / shrink
+    return Interval(share, 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half, n)
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95, *, clusters: Sequence[object] | None = None) -> Interval:
     """The mean with Student's t interval, mean +- t s / sqrt(n): exact for normal values, asymptotic for others.
 
-    One value has a mean but no spread: its interval is infinite. Raises ValueError on no value, or on a NaN.
+    With clusters of sums S_g about the mean, s / sqrt(n) becomes sqrt(G / (G - 1) sum_g S_g^2) / n, and t has G - 1
+    degrees of freedom (Cameron and Miller, 2015); each item its own cluster gives the former.
+    One cluster has a mean but no spread: its interval is infinite. Raises ValueError on no value, or on a NaN.
     """
-    values_n = _finite(values)
-    n, mean = len(values_n), float(np.mean(values_n))
+    values_N = _finite(values)
+    owner_N, groups = owners(len(values_N), clusters)
+    n, mean = len(values_N), float(np.mean(values_N))
     quantile = _two_sided(level)
-    if n == 1:
-        return Interval(mean, -math.inf, math.inf, 1)
-    half = _t_quantile(quantile, n - 1) * float(np.std(values_n, ddof=1)) / math.sqrt(n)
+    if groups == 1:
+        return Interval(mean, -math.inf, math.inf, n)
+    half = _t_quantile(quantile, groups - 1) * _standard_error(values_N, owner_N, groups)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, level: float = 0.95, *, clusters: Sequence[object] | None = None
+) -> Interval:
+    """Mean of first - second over the same items, with `mean_interval`'s t interval of the differences."""
+    return mean_interval(_differences(first, second, clusters), level, clusters=clusters)
+
+
+def mean_p(values: ArrayLike, null: float = 0.0, *, clusters: Sequence[object] | None = None) -> float:
+    """Two-sided p-value of "the mean is `null`" by the t test: below 1 - level when `mean_interval` leaves it out.
+
+    Values that do not vary give 0, or 1 where they equal `null`. Raises ValueError on fewer than two clusters.
+    """
+    return 2 * min(_one_sided(values, null, clusters), 1 - _one_sided(values, null, clusters))
+
+
+def holm(p_values: ArrayLike) -> tuple[float, ...]:
+    """Adjusted p-values in the order given: p_(k) becomes max over j <= k of (m - j + 1) p_(j), at most 1.
+
+    Rejecting those below alpha keeps the chance of any false rejection below alpha, whatever their dependence.
+    Source: Holm (1979). Raises ValueError on a p-value outside [0, 1].
+    """
+    p_M = _finite(p_values)
+    if p_M.min() < 0 or p_M.max() > 1:
+        raise ValueError("p-values lie in [0, 1]")
+    order_M = np.argsort(p_M, kind="stable")
+    adjusted_M = np.empty_like(p_M)
+    adjusted_M[order_M] = np.minimum(1, np.maximum.accumulate(np.arange(len(p_M), 0, -1) * p_M[order_M]))
+    return tuple(adjusted_M.tolist())
+
+
+def equivalence(
+    first: ArrayLike,
+    second: ArrayLike,
+    margin: float,
+    *,
+    alpha: float = 0.05,
+    clusters: Sequence[object] | None = None,
+) -> Equivalence:
+    """Two one-sided t tests: is |mean of first - second| < margin? (TOST, Schuirmann, 1987)
+
+    `margin` > 0 is decided beforehand, in the unit of the values. Raises ValueError on fewer than two clusters.
+    """
+    if not margin > 0:
+        raise ValueError(f"an equivalence margin is above 0, not {margin}")
+    difference_N = _differences(first, second, clusters)
+    p = max(1 - _one_sided(difference_N, -margin, clusters), _one_sided(difference_N, margin, clusters))
+    return Equivalence(mean_interval(difference_N, 1 - 2 * alpha, clusters=clusters), margin, p, p < alpha)
 
 
 def quantiles(values: ArrayLike, probabilities: Sequence[float] = (0.05, 0.5, 0.95)) -> tuple[float, ...]:
     """The quantiles of the values, linear between order statistics. Raises ValueError on no value, or on a NaN."""
     return tuple(float(q) for q in np.quantile(_finite(values), probabilities))
+
+
+def bootstrap(
+    statistic: Statistic,
+    n: int,
+    level: float = 0.95,
+    *,
+    clusters: Sequence[object] | None = None,
+    method: Literal["percentile", "bca"] = "percentile",
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Any statistic of n items (`resampling.Statistic`: weights [R, n] -> [R]) with its bootstrap interval.
+
+    "percentile": quantiles of the resampled values. "bca": quantiles moved for median bias and for skewness, the
+    latter from the jackknife over clusters (Efron, 1987); for skewed statistics of few items. Both are too narrow
+    below some 20 clusters. Resamples that leave the statistic undefined (NaN) are left out; deterministic in `seed`.
+    """
+    upper = _two_sided(level)
+    estimate = float(statistic(np.ones((1, n)))[0])
+    drawn = resampled(statistic, n, clusters=clusters, resamples=resamples, seed=seed)
+    drawn = drawn[~np.isnan(drawn)]
+    if math.isnan(estimate) or not len(drawn):
+        return Interval(estimate, math.nan, math.nan, n)
+    ends = (1 - upper, upper)
+    if method == "bca":
+        left_out = jackknife(statistic, n, clusters=clusters)
+        ends = _bca_ends(estimate, drawn, left_out[~np.isnan(left_out)], upper)
+    low, high = np.quantile(drawn, ends)
+    return Interval(estimate, float(low), float(high), n)
 
 
 def paired_bootstrap(
@@ -74,45 +211,53 @@ def paired_bootstrap(
     level: float = 0.95,
     *,
     clusters: Sequence[object] | None = None,
+    method: Literal["percentile", "bca"] = "percentile",
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of first - second over the same n items, with the percentile interval of the bootstrap over items.
+    """Mean of first - second over the same n items, with the interval of the `bootstrap` over items or clusters.
 
-    `clusters`: one label per item; items of one label (answers to one prompt, say) are then drawn together and need
-    not be independent. Deterministic in `seed`. Percentile intervals are too narrow below some 20 items or clusters.
-    Raises ValueError on lengths that differ, on no value, or on a NaN.
+    The mean is over items, not over clusters. Raises ValueError on lengths that differ, on no value, or on a NaN.
     """
-    first_n, second_n = _finite(first), _finite(second)
-    if len(first_n) != len(second_n) or (clusters is not None and len(clusters) != len(first_n)):
-        lengths = [len(first_n), len(second_n)] + ([] if clusters is None else [len(clusters)])
-        raise ValueError(f"paired items need equal lengths, not {', '.join(map(str, lengths))}")
-    difference_n = first_n - second_n
-    labels = range(len(difference_n)) if clusters is None else clusters
-    position = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    owner_n = [position[label] for label in labels]
-    sums_G = np.bincount(owner_n, weights=difference_n)
-    counts_G = np.bincount(owner_n)
-    rng = np.random.default_rng(seed)
-    rows = max(1, 1_000_000 // len(sums_G))  # keeps the drawn positions under 8 MB
-    means: list[NDArray[np.float64]] = []
+    difference_N = _differences(first, second, clusters)
+    owner_N, groups = owners(len(difference_N), clusters)
+    # Sums per cluster say all there is to say about a mean, and are fewer.
+    sums_G2 = np.stack([np.bincount(owner_N, weights=difference_N), np.bincount(owner_N)], axis=1)
+    found = bootstrap(weighted_mean(sums_G2), groups, level, method=method, resamples=resamples, seed=seed)
+    return Interval(float(difference_N.mean()), found.low, found.high, len(difference_N))
+
+
+def seeds_and_prompts(
+    values: ArrayLike, level: float = 0.95, *, same_prompts: bool = True, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """The mean of values [S seeds, P prompts] as it would vary over new seeds and new prompts, by nested bootstrap.
+
+    Seeds are drawn, then prompts: once for all seeds where those share them (`same_prompts`; Owen, 2007), else anew
+    within each. Few seeds have at most S distinct values to draw, and no quantile of theirs can cover; the ends are
+    therefore estimate +- t_{S-1} sqrt(S / (S - 1)) times the standard deviation of the draws. Conservative where
+    prompts matter more than seeds. Raises ValueError unless S >= 2.
+    """
+    values_SP = np.atleast_2d(np.asarray(values, np.float64))
+    _finite(values_SP)
+    S, P = values_SP.shape
+    if S < 2:
+        raise ValueError("one seed does not tell how seeds vary: 2 or more are needed")
+    rng, rows = np.random.default_rng(seed), max(1, 1_000_000 // (P if same_prompts else S * P))
+    draws: list[Floats] = []
     for start in range(0, resamples, rows):
-        drawn = rng.integers(len(sums_G), size=(min(rows, resamples - start), len(sums_G)))
-        means.append(sums_G[drawn].sum(1) / counts_G[drawn].sum(1))
-    upper = _two_sided(level)
-    low, high = np.quantile(np.concatenate(means), (1 - upper, upper))
-    return Interval(float(difference_n.mean()), float(low), float(high), len(difference_n))
-
-
-def share(successes: ArrayLike, level: float = 0.95, *, clusters: Sequence[object] | None = None) -> Interval:
-    """The mean of successes in [0, 1], ties as halves: Wilson's interval, or over `clusters` where items share one.
-
-    Raises ValueError as `wilson` and `paired_bootstrap` do.
-    """
-    success_n = _finite(successes)
-    if clusters is None or len(set(clusters)) == len(success_n):
-        return wilson(float(success_n.sum()), len(success_n), level)
-    return paired_bootstrap(success_n, np.zeros_like(success_n), level, clusters=clusters, resamples=2000)
+        some = min(rows, resamples - start)
+        seeds_RS = rng.multinomial(S, np.full(S, 1 / S), size=some) / S
+        if same_prompts:
+            picked = rng.integers(P, size=(some, P)) + P * np.arange(some)[:, None]
+            prompts_RP = np.bincount(picked.ravel(), minlength=some * P).reshape(some, P) / P
+            draws.append(((seeds_RS @ values_SP) * prompts_RP).sum(1))
+        else:
+            picks_RS = rng.choice(S, size=(some, S))
+            prompts_RSP = rng.integers(P, size=(some, S, P))
+            draws.append(values_SP[picks_RS[:, :, None], prompts_RSP].mean((1, 2)))
+    half = _t_quantile(_two_sided(level), S - 1) * math.sqrt(S / (S - 1)) * float(np.std(np.concatenate(draws)))
+    mean = float(values_SP.mean())
+    return Interval(mean, mean - half, mean + half, S * P)
 
 
 def calibration_error(
@@ -135,22 +280,57 @@ def calibration_error(
     if len(forecast_n) != len(outcome_n) or forecast_n.min() < 0 or forecast_n.max() > 1:
         raise ValueError("calibration needs as many probabilities in [0, 1] as outcomes")
     bin_n = np.minimum((forecast_n * bins).astype(np.int64), bins - 1)
-    labels = range(len(forecast_n)) if clusters is None else clusters
-    position = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    owner_n = np.array([position[label] for label in labels])
+    surplus_nB = (outcome_n - forecast_n)[:, None] * (bin_n[:, None] == np.arange(bins))
 
-    def error(count_n: NDArray[np.float64]) -> float:
-        surplus_B = np.bincount(bin_n, weights=count_n * (outcome_n - forecast_n), minlength=bins)
-        return float(np.abs(surplus_B).sum() / count_n.sum())
+    def error(weights_Rn: Floats) -> Floats:
+        return np.asarray(np.abs(weights_Rn @ surplus_nB).sum(1) / weights_Rn.sum(1))
 
-    rng, groups = np.random.default_rng(seed), len(position)
-    drawn = (np.bincount(rng.integers(groups, size=groups), minlength=groups) for _ in range(resamples))
-    upper = _two_sided(level)
-    low, high = np.quantile([error(count_G[owner_n].astype(np.float64)) for count_G in drawn], (1 - upper, upper))
-    return Interval(error(np.ones(len(owner_n))), float(low), float(high), len(owner_n))
+    return bootstrap(error, len(bin_n), level, clusters=clusters, resamples=resamples, seed=seed)
 
 
-def _finite(values: ArrayLike) -> NDArray[np.float64]:
+def _bca_ends(estimate: float, drawn: Floats, left_out: Floats, upper: float) -> tuple[float, float]:
+    """Quantiles Phi(z0 + (z0 + z) / (1 - a (z0 + z))) for z = -+ z_upper. Source: Efron (1987), 2.3 and 6.6.
+
+    z0 from the share of draws below the estimate, a tie as half: a statistic of few values would else look biased.
+    """
+    below = float(np.mean(drawn < estimate) + np.mean(drawn == estimate) / 2)
+    least = 1 / (2 * len(drawn))
+    z0 = NORMAL.inv_cdf(min(max(below, least), 1 - least))
+    pull = left_out.mean() - left_out
+    spread = float((pull**2).sum())
+    a = float((pull**3).sum()) / (6 * spread**1.5) if spread else 0.0
+    z = NORMAL.inv_cdf(upper)
+    low, high = (NORMAL.cdf(z0 + (z0 + side) / max(1 - a * (z0 + side), 1e-9)) for side in (-z, z))
+    return low, high
+
+
+def _differences(first: ArrayLike, second: ArrayLike, clusters: Sequence[object] | None) -> Floats:
+    first_N, second_N = _finite(first), _finite(second)
+    if len(first_N) != len(second_N) or (clusters is not None and len(clusters) != len(first_N)):
+        lengths = [len(first_N), len(second_N)] + ([] if clusters is None else [len(clusters)])
+        raise ValueError(f"paired items need equal lengths, not {', '.join(map(str, lengths))}")
+    return first_N - second_N
+
+
+def _standard_error(values_N: Floats, owner_N: ArrayLike, groups: int) -> float:
+    """Of the mean over items, from the G sums of deviations: sqrt(G / (G - 1) sum_g S_g^2) / n."""
+    sums_G = np.bincount(owner_N, weights=values_N - values_N.mean())
+    return math.sqrt(groups / (groups - 1) * float((sums_G**2).sum())) / len(values_N)
+
+
+def _one_sided(values: ArrayLike, null: float, clusters: Sequence[object] | None) -> float:
+    """P(a mean as low as found or lower | the truth is `null`) by Student's t."""
+    values_N = _finite(values)
+    owner_N, groups = owners(len(values_N), clusters)
+    if groups < 2:
+        raise ValueError("one value, or one cluster, tells nothing of how means vary: 2 or more are needed")
+    away, error = float(values_N.mean()) - null, _standard_error(values_N, owner_N, groups)
+    if error == 0:
+        return 0.5 if away == 0 else float(away > 0)
+    return (1 + math.copysign(_t_central(math.atan(abs(away) / error / math.sqrt(groups - 1)), groups - 1), away)) / 2
+
+
+def _finite(values: ArrayLike) -> Floats:
     values_n = np.asarray(values, dtype=np.float64).ravel()
     bad = int((~np.isfinite(values_n)).sum())
     if bad or not len(values_n):
@@ -172,7 +352,7 @@ def _t_quantile(probability: float, df: int) -> float:
     Source: Abramowitz and Stegun 26.7.3, 26.7.4 and 26.7.5; both agree to 1e-9 where they meet.
     """
     if df > 200:
-        z = NormalDist().inv_cdf(probability)
+        z = NORMAL.inv_cdf(probability)
         g1 = (z**3 + z) / 4
         g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
         g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
