@@ -36,6 +36,7 @@ STAGES: Mapping[str, str] = {
     "label import": "labels made elsewhere, into the store of a page",
     "dpo": "Direct Preference Optimization on preference pairs",
     "reward": "a reward model (Bradley-Terry or Plackett-Luce) on preference pairs or rankings",
+    "evaluate": "models against a reference on the same prompts: reward, KL, win rates, drift, each with its interval",
 }
 """Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 

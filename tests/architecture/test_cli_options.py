@@ -24,6 +24,8 @@ OPTIONS = {
     "engine engine_model concurrency",
     "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix",
     "reward": f"{TRAINING} pairs loss margin centering reference_samples",
+    "evaluate": "model reference prompts format allow_refused max_prompts n temperature top_p max_tokens seed reward "
+    "truth judge orders criteria allow_python against pairs lm_eval batch_size tokens_per_batch dtype device out resume",
 }
 
 

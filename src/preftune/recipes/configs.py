@@ -14,6 +14,7 @@ from pydantic import model_validator as check
 
 from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import Layout
+from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.recipes.loop_configs import ExportConfig, ImportConfig, LabelConfig, Page, SampleConfig
 from preftune.recipes.sections import Folder, Machine, Objective, Optimization, Pairing, Reading, TrainingConfig
 from preftune.recipes.settings import Settings, not_one_of, refusal
@@ -122,6 +123,7 @@ CONFIGS: Mapping[str, type[Settings]] = {
     "label import": ImportConfig,
     "dpo": DpoConfig,
     "reward": RewardConfig,
+    "evaluate": EvaluateConfig,
 }
 """Stage -> what it may be told."""
 

@@ -1,0 +1,109 @@
+"""Evaluation as a stage: one or several models and a reference answer the same prompts; what that says, with intervals.
+
+read prompts -> every model answers, temperature and seed the same              recipes/contestants.py
+KL to the reference, rewards, texts                                             recipes/measuring.py, evaluation/
+blind comparisons of the answers -> win rates, leaderboard                      recipes/matching.py, evaluation/
+held-out pairs -> calibration, implicit rewards, drift in plain words           recipes/diagnosing.py, evaluation/
+
+run.json             results, each number with its interval
+evaluation.jsonl     a line per response: reward, KL, length, repetition
+judgements.jsonl     a line per comparison
+samples/, tokens/    what the models said; kept and reused by --resume
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from preftune.engine.card import jsonable
+from preftune.engine.files import replace_file
+from preftune.engine.run import Run
+from preftune.judges.scores import Scorer
+from preftune.recipes.comparison_configs import EvaluateConfig
+from preftune.recipes.contestants import Answers, ask, open_contestant, read_prompts
+from preftune.recipes.evaluation_table import show
+from preftune.recipes.matching import compared
+from preftune.recipes.measuring import Measured, comparable, measure, no_blanks, scored, summary
+from preftune.recipes.scoring import open_scorer
+from preftune.records import Prompt, Response, RunCard, to_json
+
+__all__ = ["EvaluateConfig", "main"]
+
+MAY_DIFFER = frozenset({"resume", "out", "allow_refused", "batch_size", "tokens_per_batch"})
+
+
+def main(cfg: EvaluateConfig) -> RunCard:
+    """Ask, measure and compare; results are in `cfg.out`/run.json and printed. Raises what its parts raise."""
+    with Run.open(cfg.out, stage="evaluate", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
+        scorers = {name: _scorer(getattr(cfg, name), cfg) for name in ("reward", "truth")}
+        prompts = read_prompts(cfg, run)
+        field = _with_scores(_measured(cfg, prompts, run), scorers)
+        reference = field[0]
+        _write(run, "evaluation.jsonl", [json.dumps(asdict(row)) for one in field for row in one.rows])
+        results: dict[str, Any] = {
+            "reference": reference.name,
+            "prompts": len(prompts),
+            "models": {one.name: summary(one, reference, cfg) for one in field},
+        }
+        judgements, comparisons = compared(field, cfg, run)
+        if judgements:
+            _write(run, "judgements.jsonl", map(to_json, judgements))
+        results |= comparisons
+        card = run.finish(jsonable(results))
+    show(card, cfg)
+    return card
+
+
+def _scorer(name: str | None, cfg: EvaluateConfig) -> Scorer | None:
+    if name is None:
+        return None
+    opened = open_scorer(
+        name, device=cfg.device, tokens_per_batch=cfg.tokens_per_batch, allow_code=cfg.allow_python, role="scorer"
+    )
+    return no_blanks(name, opened)
+
+
+def _measured(cfg: EvaluateConfig, prompts: Sequence[tuple[Prompt, str]], run: Run) -> list[Measured]:
+    """The reference first; besides it one model at a time is in memory."""
+    (first, folder), *others = cfg.contestants().items()
+    reference = open_contestant(first, folder, cfg, run)
+    of_reference = ask(reference, prompts, cfg, run)
+    field = [measure(reference, of_reference, reference, of_reference, cfg)]
+    for name, folder in others:
+        contestant = open_contestant(name, folder, cfg, run)
+        answers: list[Answers] = ask(contestant, prompts, cfg, run)
+        if not comparable(contestant, reference, cfg):
+            reason = "temperature 0 has no law" if cfg.temperature == 0 else "its tokenizer is not the reference's"
+            run.warn(f"{name}: no KL to {first}, because {reason}")
+        field.append(measure(contestant, answers, reference, of_reference, cfg))
+    if cfg.top_p < 1:
+        run.warn(
+            f"top_p {cfg.top_p:g} cuts every law: k1 compares the cut law of a model with the whole law of {first}; "
+            "against the cut law of the reference a KL is infinite as soon as one drawn token lies outside its cut"
+        )
+    return field
+
+
+def _with_scores(field: Sequence[Measured], scorers: dict[str, Scorer | None]) -> list[Measured]:
+    """Every response scored once per scorer, in one call for all models."""
+    asked: list[tuple[Prompt, Response]] = [
+        (answers.sampled.prompt, response)
+        for one in field
+        for answers in one.answers
+        for response in answers.sampled.responses
+    ]
+    values = {name: score(asked) if score else None for name, score in scorers.items()}
+    found, start = [], 0
+    for one in field:
+        part = slice(start, start + len(one.rows))
+        rewards, truths = (values[name] for name in ("reward", "truth"))
+        found.append(scored(one, rewards and rewards[part], truths and truths[part]))
+        start = part.stop
+    return found
+
+
+def _write(run: Run, name: str, lines: Any) -> None:
+    replace_file(run.folder / name, "".join(f"{line}\n" for line in lines).encode())
