@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from preftune.engine.clock import Clock
-from preftune.equations.stats import Interval, calibration_error, mean_interval, paired_bootstrap, share
+from preftune.equations.stats import Interval, mean_interval
+from preftune.evaluation.calibration import Calibration, calibrate, wins
 from preftune.recipes.meters import Collected, speed
 from preftune.tensors import PackedBatch
 
 __all__ = ["RewardMeter"]
-
-QUARTERS = 4
 
 
 class RewardMeter:
@@ -60,14 +57,14 @@ class RewardMeter:
         loss = self._numbers()["loss"]
         numbers = self._numbers() | _named("loss", mean_interval(loss + (values - loss) * weight / weight.mean()))
         r_w, r_l, n_w, n_l = self._pairs.table()
-        return numbers | _pair_report(r_w - r_l, n_w - n_l, np.array(self._prompts, dtype=object))
+        return numbers | _pair_report(calibrate(r_w - r_l, n_w - n_l, clusters=self._prompts))
 
     def _numbers(self) -> dict[str, Any]:
         values, weight = self._loss.table()
         r_w, r_l, n_w, n_l = self._pairs.table()
         return {
             "loss": float((values * weight).sum() / weight.sum()),
-            "accuracy": float(_wins(r_w - r_l).mean()),
+            "accuracy": float(wins(r_w - r_l).mean()),
             "reward_chosen": float(r_w.mean()) - self._offset,
             "reward_rejected": float(r_l.mean()) - self._offset,
             "reward_margin": float((r_w - r_l).mean()),
@@ -77,27 +74,14 @@ class RewardMeter:
         }
 
 
-def _pair_report(margin: NDArray[np.float64], longer: NDArray[np.float64], prompts: NDArray[Any]) -> dict[str, Any]:
-    """`margin` [T] chosen - rejected, nats; `longer` [T] the same of tokens; `prompts` [T] whose pairs they are."""
-    won, p = _wins(margin), 1 / (1 + np.exp(-margin))
-    clusters = prompts.tolist()
-    numbers = _named("accuracy", share(won, clusters=clusters))
-    numbers |= _named("longest_wins", share(_wins(longer), clusters=clusters))
-    numbers |= _named("brier", paired_bootstrap((1 - p) ** 2, np.zeros_like(p), clusters=clusters, resamples=2000))
-    numbers |= _named("ece", calibration_error(np.maximum(p, 1 - p), won, clusters=clusters))
-    quarter = np.argsort(np.argsort(np.abs(margin), kind="stable")) * QUARTERS // len(margin)
-    parts = {f"margin_{i + 1}": quarter == i for i in range(QUARTERS)}
-    parts |= {"chosen_longer": longer > 0, "chosen_shorter": longer < 0, "same_length": longer == 0}
-    for name, members in parts.items():
-        if members.any():
-            numbers |= _named(f"accuracy_{name}", share(won[members], clusters=prompts[members].tolist()))
-            numbers[f"pairs_{name}"] = int(members.sum())
+def _pair_report(found: Calibration) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    for name in ("accuracy", "longest_wins", "brier", "ece"):
+        numbers |= _named(name, getattr(found, name))
+    for part in (*found.by_margin, *found.by_length):
+        numbers |= _named(f"accuracy_{part.name}", part.accuracy)
+        numbers[f"pairs_{part.name}"] = part.pairs
     return numbers
-
-
-def _wins(difference: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 where positive, 1/2 where zero."""
-    return np.heaviside(difference, 0.5)
 
 
 def _named(name: str, interval: Interval) -> dict[str, float]:
