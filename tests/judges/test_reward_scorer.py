@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from preftune.judges.reward_model import load_scorer
 from preftune.judges.scores import ScoreJudge
 from preftune.models.load import save
 from preftune.models.reward_head import load_reward_model
-from preftune.records import Response
+from preftune.records import Message, Response
 
 ASKED = [
     ("the cat", Response(text=" sat on the mat")),
@@ -73,12 +74,22 @@ def test_the_judge_prefers_the_larger_reward(run: Path) -> None:
     assert better.outcome == ("first" if first > second else "second") and same.outcome == "tie"
 
 
+def test_an_answer_that_cannot_be_read_has_no_reward(run: Path) -> None:
+    """NaN, not an error and not 0: an empty answer and one that spells the mark; the others are as without them."""
+    scorer = load_scorer(run)
+    odd = [("the cat", Response(text="")), ASKED[0], ("the cat", Response(text=" a</s> b")), ASKED[1]]
+    found = scorer(odd)
+    assert [math.isnan(reward) for reward in found] == [True, False, True, False]
+    assert [found[1], found[3]] == pytest.approx(scorer(ASKED[:2]), abs=1e-5)
+    assert math.isnan(scorer(odd[:1])[0])
+
+
 def test_what_cannot_be_scored_is_refused(run: Path, tiny_model_folder: Path) -> None:
-    """A language model, an empty answer, and one that outgrows the model's positions."""
+    """A language model, a conversation without a template, and an answer that outgrows the model's positions."""
     with pytest.raises(ArtifactError, match="is no reward model"):
         load_scorer(tiny_model_folder)
     scorer = load_scorer(run)
-    with pytest.raises(DataError, match="answer 1: response: is empty"):
-        scorer([("the cat", Response(text=""))])
+    with pytest.raises(DataError, match="no chat template"):
+        scorer([((Message(role="user", content="hello"),), ASKED[0][1])])
     with pytest.raises(ConfigError, match=r"answer 1 is \d+ tokens long, the reward model has 512 positions"):
         scorer([("the cat", Response(text=" sat" * 600))])

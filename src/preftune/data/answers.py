@@ -10,7 +10,7 @@ from preftune.errors import DataError
 from preftune.records import Demonstration, Prompt, Refusal, Response
 from preftune.tensors import Ids, TokenGroup
 
-__all__ = ["answer_groups"]
+__all__ = ["answer_groups", "readable"]
 
 
 def answer_groups(
@@ -36,3 +36,17 @@ def answer_groups(
     groups = [TokenGroup(group.prompt, tuple(answers[p]), origin=group.origin) for p, group in first.items()]
     at = {prompt: i for i, prompt in enumerate(first)}
     return groups, [(at[prompt], i) for prompt, i in said]
+
+
+def readable(tokenizer: Tokenizer, asked: Sequence[tuple[Prompt, Response]]) -> list[bool]:
+    """Whether each answer's own text can be rendered: not when it is empty or spells the end of sequence.
+
+    A policy that is sampled writes such texts now and then; what is wrong with prompt or tokenizer raises DataError.
+    """
+    rows = [Demonstration(prompt=p, response=r, origin=f"answer {i}") for i, (p, r) in enumerate(asked, start=1)]
+    found = []
+    for row in Encoder(tokenizer).encode(rows, lambda _: ()):
+        if isinstance(row, Refusal) and row.field != "response":
+            raise DataError(str(row))
+        found.append(not isinstance(row, Refusal))
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from preftune.data.answers import answer_groups
+from preftune.data.answers import answer_groups, readable
 from preftune.data.packing import micro_batches
 from preftune.errors import ConfigError
 from preftune.judges.scores import Scorer
@@ -30,9 +30,10 @@ def load_scorer(
     """(prompt, response) -> reward, mean 0 on the reference samples of the run; larger is better, in nats of odds.
 
     `folder` is a run of `preftune reward` or a model folder in the layout of `models.reward_head`. Texts are rendered
-    as in training; a reward does not depend on what else is asked. In every call packed rows are compared with each
-    sequence alone on the longest question. Raises ArtifactError when it is no reward model; when called, DataError for
-    a text that cannot be rendered and ConfigError for one longer than the model has positions.
+    as in training; a reward does not depend on what else is asked, and an answer that is empty or spells the end of
+    sequence has none: NaN. In every call packed rows are compared with each sequence alone on the longest question.
+    Raises ArtifactError when it is no reward model; when called, DataError for a prompt that cannot be rendered and
+    ConfigError for a text longer than the model has positions.
     """
     model_folder = Path(folder) / "model" if (Path(folder) / "model" / "config.json").exists() else folder
     loaded = load_reward_model(model_folder, dtype=dtype, device=device, trained=True)
@@ -48,9 +49,10 @@ def load_scorer(
 
     @torch.no_grad()
     def score(asked: Sequence[tuple[Prompt, Response]]) -> list[float]:
-        if not asked:
-            return []
-        groups, places = answer_groups(tokenizer, asked)
+        known = readable(tokenizer, asked)
+        if not any(known):
+            return [math.nan] * len(known)
+        groups, places = answer_groups(tokenizer, [one for one, can in zip(asked, known, strict=True) if can])
         check_ends(model, groups)
         tokens = [len(group.prompt) + max(map(len, group.responses)) for group in groups]
         longest = groups[tokens.index(max(tokens))]
@@ -63,6 +65,7 @@ def load_scorer(
         values = torch.cat([reward(model, batch, centred=True) for batch in cut]).tolist()
         owners = [(id(group), i) for batch in cut for group in batch.groups for i in range(len(group.responses))]
         reward_of = dict(zip(owners, values, strict=True))
-        return [reward_of[id(groups[group]), i] for group, i in places]
+        given = iter([reward_of[id(groups[group]), i] for group, i in places])
+        return [next(given) if can else math.nan for can in known]
 
     return score
