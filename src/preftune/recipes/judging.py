@@ -100,6 +100,7 @@ def _names() -> str:
 _KINDS: dict[str, Callable[[str, str, LabelConfig, ExitStack], Judge]] = {
     "rule": _scored,
     "reward": _scored,
+    "policy": _scored,
     "simulated": _simulated,
     "llm": _llm,
 }

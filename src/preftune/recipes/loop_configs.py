@@ -103,7 +103,7 @@ class LabelConfig(Page):
         None,
         min_length=1,
         description="who decides: rule:length, rule:regex:PATTERN, rule:json, rule:reviews, rule:enumerable:SEED, "
-        "rule:python:MODULE:F, simulated:KIND:KNOB=X, reward:RUN, llm:URL#MODEL; several with ' ; ' between them",
+        "rule:python:MODULE:F, simulated:KIND:KNOB=X, reward:RUN, policy:RUN, llm:URL#MODEL; several: ' ; ' between",
     )
     out: str = Field("", description="folder of judgements.jsonl, pairs.jsonl, rankings.jsonl, label.json")
     orders: Literal["auto", "random", "both"] = Field(

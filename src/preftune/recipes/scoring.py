@@ -1,4 +1,4 @@
-"""From the name of a reward to a scorer: `reward:RUN`, `rule:length`, `rule:reviews`, `rule:enumerable:0:mean`.
+"""From the name of a reward to a scorer: `reward:RUN`, `policy:RUN`, `rule:length`, `rule:enumerable:0:mean`.
 
 One grammar for whoever needs numbers for responses: judges, PPO, online DPO, evaluation. Learned rewards, rules and the
 embedded worlds' true rewards differ by their name alone. A text that a scorer has no number for scores NaN.
@@ -22,7 +22,7 @@ __all__ = ["SCORERS", "open_scorer", "reviews"]
 
 SCORERS = (
     "rule:length, rule:regex:PATTERN, rule:json, rule:reviews, rule:enumerable:SEED, rule:python:MODULE:FUNCTION, "
-    "reward:RUN"
+    "reward:RUN, policy:RUN[,REFERENCE]"
 )
 """What a scorer may be called."""
 
@@ -40,13 +40,13 @@ def open_scorer(
 ) -> Scorer:
     """The scorer `name`; larger is better, NaN where a response has no score.
 
-    `device` (auto prefers CUDA), `dtype` (none: float32) and `tokens_per_batch` are a reward model's; `allow_code` lets
+    `device` (auto prefers CUDA), `dtype` (none: float32) and `tokens_per_batch` are the models'; `allow_code` lets
     `rule:python` import the user's function; `role` opens the message about an unknown name. Scoring moves no random
-    numbers. Raises ConfigError on an unknown name, ArtifactError when RUN holds no reward model.
+    numbers. Raises ConfigError on an unknown name, ArtifactError when RUN holds no such model.
     """
     kind, _, rest = name.partition(":")
-    if kind == "reward" and rest:
-        return _learned(rest, device, dtype, tokens_per_batch)
+    if kind in ("reward", "policy") and rest:
+        return _learned(kind, rest, device, dtype, tokens_per_batch)
     rule, _, detail = rest.partition(":")
     if kind == "rule" and detail:
         if rule == "regex":
@@ -65,18 +65,21 @@ def reviews(prompt: Prompt, text: str) -> float:
     return reviews_reward(_text(prompt), text)
 
 
-def _learned(run: str, device: torch.device | str, dtype: torch.dtype | None, tokens_per_batch: int) -> Scorer:
+def _learned(
+    kind: str, rest: str, device: torch.device | str, dtype: torch.dtype | None, tokens_per_batch: int
+) -> Scorer:
     import torch
 
-    from preftune.judges.reward_model import load_scorer
+    on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtype = dtype or torch.float32
+    if kind == "reward":
+        from preftune.judges.reward_model import load_scorer
 
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_scorer(
-        run,
-        device=automatic if device == "auto" else device,
-        dtype=dtype or torch.float32,
-        tokens_per_batch=tokens_per_batch,
-    )
+        return load_scorer(rest, device=on, dtype=dtype, tokens_per_batch=tokens_per_batch)
+    from preftune.recipes.implicit_reward import implicit_reward
+
+    run, _, reference = rest.partition(",")
+    return implicit_reward(run, reference or None, device=on, dtype=dtype, tokens_per_batch=tokens_per_batch)
 
 
 def _enumerable(name: str, detail: str) -> Scorer:
