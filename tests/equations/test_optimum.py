@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from preftune.equations.kl import kl_divergence, total_variation
 from preftune.equations.optimum import (
     best_of_n,
+    best_of_n_reward,
     expected_reward,
     frontier,
     frontier_reward,
@@ -242,6 +243,39 @@ def test_best_of_n_nears_its_bound_where_no_response_has_mass_of_its_own() -> No
     masses = torch.tensor([0.5, 1e-14, 0.5 - 1e-14], dtype=torch.float64).log()
     law = best_of_n(masses, torch.arange(3, dtype=torch.float64), 2)
     assert float((law - masses)[1].exp()) == pytest.approx(1.0, abs=1e-12)  # 2 F at F = 1/2
+
+
+@settings(max_examples=10, deadline=None)
+@given(problems, st.booleans())
+def test_best_of_n_from_samples_is_the_mean_over_all_subsets(seed: int, tied: bool) -> None:
+    """Every subset of n of the 7 samples, by hand; n = 1 is the mean, n = 7 the maximum; any order of the samples."""
+    r = random_rewards(seed, (2, 7), tied=tied)
+    for n in range(1, 8):
+        by_hand = torch.tensor([[max(s) for s in combinations(row, n)] for row in r.tolist()], dtype=torch.float64)
+        close(best_of_n_reward(r, n), by_hand.mean(-1))
+        close(best_of_n_reward(r.flip(-1).float(), n), by_hand.mean(-1), atol=1e-5)
+
+
+def test_best_of_n_from_samples_is_unbiased_for_the_law() -> None:
+    """Its expectation over every possible draw of 4 samples is the reward of the exact law of the best of n."""
+    (ref,), r = policies(3, 1, (5,)), random_rewards(3, (5,), tied=True)
+    draws = torch.tensor(list(product(range(5), repeat=4)))
+    for n in (1, 2, 3, 4):
+        mean = (ref[draws].sum(-1).exp() * best_of_n_reward(r[draws], n)).sum()
+        close(mean, expected_reward(best_of_n(ref, r, n), r))
+
+
+def test_best_of_n_of_many_samples_keeps_its_digits() -> None:
+    """From 1, 2, .., N without ties the mean best of n is n (N + 1) / (n + 1), for N = 2000 and n = 512 as well."""
+    scores = torch.arange(1, 2001, dtype=torch.float64)
+    close(best_of_n_reward(scores, 512), torch.tensor(512 * 2001 / 513, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "spoil"), [(0, 1.0), (5, 1.0), (1.5, 1.0), (2, math.nan)])
+def test_best_of_more_than_was_sampled_is_refused(n: float, spoil: float) -> None:
+    """n from 1 to N, and no score that is not a number."""
+    with pytest.raises(ValueError, match="1 scores are not finite" if math.isnan(spoil) else "from 1 to the 4 samples"):
+        best_of_n_reward(torch.tensor([0.0, 1.0, 2.0, spoil]), n)  # type: ignore[arg-type]
 
 
 def test_rewards_may_be_shared_by_the_prompts() -> None:

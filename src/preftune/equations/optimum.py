@@ -24,6 +24,7 @@ from preftune.equations.kl import kl_divergence
 __all__ = [
     "Frontier",
     "best_of_n",
+    "best_of_n_reward",
     "expected_reward",
     "frontier",
     "frontier_reward",
@@ -98,6 +99,23 @@ def best_of_n(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
     return ref_logps + torch.xlogy(n - 1, up_to) + factor.log()
 
 
+def best_of_n_reward(scores: Tensor, n: int) -> Tensor:
+    """E max of n responses from N >= n samples per prompt, unbiased; [..., N] -> [...], float64.
+
+    The mean of the maximum over all subsets of n samples: sum_i C(i-1, n-1) / C(N, n) s_(i), s_(i) the i-th smallest.
+    The law itself cannot be known from samples, but KL(best of n || pi_ref) <= log n - (n - 1)/n.
+    Raises ValueError unless 1 <= n <= N, and on a score that is not finite.
+    """
+    size = scores.shape[-1]
+    if n != int(n) or not 1 <= n <= size:
+        raise ValueError(f"n must be a whole number from 1 to the {size} samples of a prompt, not {n}")
+    if not bool(scores.isfinite().all()):
+        raise ValueError(f"{int((~scores.isfinite()).sum())} scores are not finite: the best of them is not known")
+    ranks = torch.arange(n, size + 1, dtype=torch.float64, device=scores.device)  # below n no subset's best
+    weights = torch.exp(_log_choose(ranks - 1, n - 1) - _log_choose(size, n))
+    return (scores.double().sort(-1).values[..., n - 1 :] * weights).sum(-1)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Frontier:
     """The best expected reward for every KL: B points, one per beta, traced by the optimal policies."""
@@ -155,6 +173,12 @@ def _positive(beta: float) -> float:
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta must be a finite number > 0, not {beta}: it is the price of one nat of KL")
     return beta
+
+
+def _log_choose(of: Tensor | int, chosen: int) -> Tensor:
+    """log C(of, chosen)."""
+    of = torch.as_tensor(of, dtype=torch.float64)
+    return torch.lgamma(of + 1) - torch.lgamma(of - chosen + 1) - math.lgamma(chosen + 1)
 
 
 def _tilt(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from preftune.equations.optimum import (
     Frontier,
     best_of_n,
+    best_of_n_reward,
     expected_reward,
     frontier,
     frontier_reward,
@@ -16,6 +17,7 @@ from preftune.equations.optimum import (
 __all__ = [
     "Frontier",
     "best_of_n",
+    "best_of_n_reward",
     "expected_reward",
     "frontier",
     "frontier_reward",
