@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -125,6 +126,14 @@ def answer_tokens(folder: Path) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     whole = [tokenizer(prompt + r.text + ("</s>" if r.finished else "")).input_ids for prompt, r in ASKED]
     return [ids[len(tokenizer(prompt).input_ids) :] for ids, (prompt, _) in zip(whole, ASKED, strict=True)]
+
+
+def test_an_answer_that_cannot_be_read_has_no_reward(run: Path) -> None:
+    """NaN for an empty answer and for one that spells the end of sequence; the others are as without them."""
+    odd = [("the cat", Response(text="")), ASKED[0], ("the cat", Response(text=" a</s> b")), ASKED[1]]
+    found = implicit_reward(run)(odd)
+    assert [math.isnan(reward) for reward in found] == [True, False, True, False]
+    assert [found[1], found[3]] == pytest.approx(implicit_reward(run)(ASKED[:2]), abs=1e-5)
 
 
 def test_what_has_no_implicit_reward_is_refused(run: Path, start: Path, pairs_file: Path, tmp_path: Path) -> None:

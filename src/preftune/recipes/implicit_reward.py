@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from preftune.data.answers import answer_groups
+from preftune.data.answers import answer_groups, readable
 from preftune.engine.card import read_card
 from preftune.equations.losses import LOSSES
 from preftune.equations.objective import Objective, Term
@@ -66,9 +66,10 @@ def implicit_reward(
     positions = min(getattr(m.config.get_text_config(), "max_position_embeddings", None) or math.inf for m in models)
 
     def score(asked: Sequence[tuple[Prompt, Response]]) -> list[float]:
-        if not asked:
-            return []
-        groups, places = answer_groups(policy.tokenizer, asked)
+        known = readable(policy.tokenizer, asked)
+        if not any(known):
+            return [math.nan] * len(known)
+        groups, places = answer_groups(policy.tokenizer, [one for one, can in zip(asked, known, strict=True) if can])
         tokens = [len(group.prompt) + max(map(len, group.responses)) for group in groups]
         longest = groups[tokens.index(max(tokens))]
         if max(tokens) > positions:
@@ -79,7 +80,8 @@ def implicit_reward(
         rewards = objective.reward(score_all(scores, batches)).tolist()
         owners = [(id(group), i) for batch in batches for group in batch.groups for i in range(len(group.responses))]
         reward_of = dict(zip(owners, rewards, strict=True))
-        return [reward_of[id(groups[group]), i] for group, i in places]
+        given = iter([reward_of[id(groups[group]), i] for group, i in places])
+        return [next(given) if can else math.nan for can in known]
 
     return score
 
