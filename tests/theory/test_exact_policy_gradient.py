@@ -203,6 +203,18 @@ def test_the_penalty_in_the_reward_is_exact_by_k1_and_none_by_k3() -> None:
     assert float(near.reinforce(-k3(log_ratio)).norm() / exact.norm()) < 0.1
 
 
+def test_a_reward_that_tells_nothing_moves_nothing() -> None:
+    """One score for all, at the reference: no gradient, neither exactly nor of what PPO expects under any critic."""
+    case = Case(gpt2)
+    constant = torch.full_like(case.score, 5.0)
+    problem = Problem([PROMPT], constant, enumerated(case.model, [PROMPT]).logps.detach(), BETA, EOS, LIMIT)
+    exact_objective(case.model, problem, backward=True)
+    assert float(left_by(case.model).norm()) < 1e-12
+    logps = case.token_logps(case.model)
+    loss = expected_ppo_loss(logps, logps.detach(), case.mask, constant, case.state_values(2), beta=BETA)
+    assert float(gradient(case.model, loss).norm()) < 1e-12
+
+
 def test_means_over_prompts_do_not_depend_on_their_being_together() -> None:
     """J, its gradient and a reward shared by all prompts: the mean of the prompts taken alone."""
     model, reference, prompts = gpt2(), gpt2(seed=3), [[0, 4], [2], [EOS, 1, 1]]

@@ -151,7 +151,8 @@ def expected_ppo_loss(
 
     `token_logps`, `ref_token_logps`, `mask`, `values` [M, T] and `score_M` [M] of all completions of one prompt; the
     loss of a response is the sum over its tokens. With gamma = lambda = 1 its gradient is that of -J for any `values`
-    that depend on the state alone; a smaller lambda trades variance for the bias of a wrong V.
+    that depend on the state alone; a smaller lambda trades variance for the bias of a wrong V. The mean over all tokens
+    of a batch, which PPO trains by, is this divided by the mean length, the larger the batch the more exactly.
     """
     rewards = kl_rewards(token_logps, ref_token_logps, mask, score_M, beta)
     advantages = gae(rewards, values, mask, gamma=gamma, lam=lam)
