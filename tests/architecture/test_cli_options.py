@@ -22,7 +22,8 @@ OPTIONS = {
     "label import": "db data prompt responses question",
     "sample": "model prompts format allow_refused n temperature top_p max_tokens seed out batch_size dtype device "
     "engine engine_model concurrency",
-    "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix",
+    "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix "
+    "online prompts judge rounds n temperature max_tokens labels min_gap online_reference max_kl allow_python",
     "reward": f"{TRAINING} pairs loss margin centering reference_samples",
     "evaluate": "model reference prompts format allow_refused max_prompts n temperature top_p max_tokens seed reward "
     "truth judge orders criteria allow_python against pairs lm_eval batch_size tokens_per_batch dtype device out resume",

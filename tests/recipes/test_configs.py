@@ -114,7 +114,8 @@ def test_a_default_that_depends_on_the_loss_is_told_by_loss() -> None:
     assert DpoConfig.default_text("lr") == "default 1e-06 for dpo, by loss: docs/losses.md"
     assert DpoConfig.default_text("tau") == "by loss: docs/losses.md"
     assert SftConfig.default_text("lr") == "default 2e-05"
-    assert DpoConfig.default_text("data") == "required"
+    assert DpoConfig.default_text("model") == "required"
+    assert DpoConfig.default_text("data") == "required without online"
     assert DpoConfig.default_text("shuffle") == "default true"
     assert DpoConfig.default_text("reference") == "default none"
 

@@ -7,7 +7,7 @@ are the same in YAML, on the command line, in Python and in `run.json`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo
 from pydantic import model_validator as check
@@ -15,7 +15,8 @@ from pydantic import model_validator as check
 from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import Layout
 from preftune.recipes.comparison_configs import EvaluateConfig
-from preftune.recipes.loop_configs import ExportConfig, ImportConfig, LabelConfig, Page, SampleConfig
+from preftune.recipes.loop_configs import ExportConfig, ImportConfig, LabelConfig, Online, Page, SampleConfig
+from preftune.recipes.loss_facts import LOSS_FACTS
 from preftune.recipes.sections import Folder, Machine, Objective, Optimization, Pairing, Reading, TrainingConfig
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
@@ -44,10 +45,64 @@ class SftConfig(TrainingConfig):
         return "all"
 
 
-class DpoConfig(Objective, Pairing, TrainingConfig):
-    """Direct Preference Optimization on preference pairs."""
+class DpoConfig(Online, Objective, Pairing, TrainingConfig):
+    """Direct Preference Optimization on preference pairs, given or, online, made from the policy's own responses."""
 
     formats: ClassVar[Mapping[str, Layout]] = PREFERENCES
+
+    @classmethod
+    def default_text(cls, key: str) -> str:
+        """As the sections have it; online, `data` is what `prompts` names."""
+        return "required without online" if key == "data" else super().default_text(key)
+
+    def uses_reference(self) -> bool:
+        """Whether any term of the objective compares the policy with a reference."""
+        return any("reference" in LOSS_FACTS[term.loss].needs for term in self.terms())
+
+    @check(mode="before")
+    @classmethod
+    def _data_are_prompts(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "data" not in values and str(values.get("online")).lower() == "true":
+            return {**values, "data": values.get("prompts") or "-"}
+        return values
+
+    @check(mode="after")
+    def _rounds_fit(self, info: ValidationInfo) -> Self:
+        if not self.online:
+            return self
+        used = [LOSS_FACTS[term.loss] for term in self.terms()]
+        refused = {
+            "data": (self.data != self.prompts, "online reads prompts instead of data; leave data out"),
+            "format": (self.format != "auto", "online recognises the layout of its prompts; leave format out"),
+            "loss": (
+                any(facts.reads != "pairs" for facts in used),
+                f"loss {self.loss} does not read pairs, which is what online rounds make; choose a pairwise loss",
+            ),
+            "pairs": (
+                not self.judge_scores and self.pairs not in ("all", "random"),
+                f"pairs {self.pairs} ranks by scores, and judge {self.judge} only compares; choose all or random",
+            ),
+            "online_reference": (
+                self.online_reference == "moving" and not self.uses_reference(),
+                f"loss {self.loss} uses no reference model; leave online_reference out",
+            ),
+            "reference": (
+                self.reference is not None and self.online_reference == "moving",
+                "a moving reference starts at model; leave reference out",
+            ),
+            "reference_every": (
+                self.reference_moves() is not None,
+                "online moves the reference between rounds only: see online_reference, and choose another loss",
+            ),
+            "max_tokens": (
+                self.max_tokens >= self.max_length,
+                f"max_tokens {self.max_tokens} leaves a prompt no room in max_length {self.max_length}",
+            ),
+        }
+        for key, (wrong, text) in refused.items():
+            if wrong:
+                raise refusal(info, key, text)
+        return self
 
 
 class RewardConfig(Pairing, TrainingConfig):
@@ -127,7 +182,7 @@ CONFIGS: Mapping[str, type[Settings]] = {
 }
 """Stage -> what it may be told."""
 
-_SECTIONS: tuple[type[Settings], ...] = (Reading, Pairing, Objective, Optimization, Machine, Folder, Page)
+_SECTIONS: tuple[type[Settings], ...] = (Reading, Pairing, Objective, Optimization, Machine, Folder, Online, Page)
 
 
 def sections(config: type[Settings]) -> dict[str, list[str]]:

@@ -22,16 +22,22 @@ from preftune.models.load import LoadedModel
 from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model
 from preftune.recipes.configs import DpoConfig
 from preftune.recipes.meters import PreferenceMeter
+from preftune.recipes.online import run_rounds
 from preftune.recipes.preferences import read_preferences
 from preftune.recipes.reference import LiveReference, Reference, certify_start
 from preftune.recipes.step import Scorer, accumulate, score_all
 from preftune.records import RunCard
 from preftune.tensors import TokenGroup
 
-__all__ = ["DpoConfig", "main"]
+__all__ = ["DpoConfig", "main", "train"]
 
 
 def main(cfg: DpoConfig) -> RunCard:
+    """Train once on the preferences of `cfg.data`, or in the rounds of `recipes/online.py`."""
+    return run_rounds(cfg, train) if cfg.online else train(cfg)
+
+
+def train(cfg: DpoConfig) -> RunCard:
     """Train `cfg.model` on the preferences of `cfg.data`; the result is a Hugging Face folder, `out/model`.
 
     Raises ConfigError, DataError, ArtifactError for input that is refused, and RunError when the run itself fails.

@@ -10,7 +10,7 @@ from pydantic import model_validator as check
 from preftune.data.prompts import PROMPTS
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
-__all__ = ["ExportConfig", "ImportConfig", "LabelConfig", "Page", "SampleConfig"]
+__all__ = ["ExportConfig", "ImportConfig", "LabelConfig", "Online", "Page", "SampleConfig"]
 
 
 class SampleConfig(Settings):
@@ -157,3 +157,58 @@ class ImportConfig(Settings):
     prompt: str = Field("", description="column of the prompt in another tool's export; empty: the usual names")
     responses: str = Field("", description="its columns of responses, with commas between; empty: the usual names")
     question: str = Field("", description="Argilla's question that ranks or chooses; empty: the usual names")
+
+
+class Online(Settings):
+    """Online (rounds of sampling, judging and training)"""
+
+    online: bool = Field(False, description="learn from the policy's own responses instead of data")
+    prompts: str | None = Field(
+        None,
+        min_length=1,
+        description="file, folder or hub data set in any layout; its prompts are answered each round",
+    )
+    judge: str | None = Field(
+        None,
+        min_length=1,
+        description="who decides, by the names of `preftune label`; rule:, reward: and policy: score",
+    )
+    rounds: int = Field(3, ge=1, description="of sampling, judging and training; epochs and max_steps are of one round")
+    n: int = Field(4, ge=2, description="responses per prompt and round")
+    temperature: float = Field(1.0, gt=0, description="divides the logits of the sampler")
+    max_tokens: int = Field(256, ge=1, description="longest response, end mark included, tokens")
+    labels: Literal["larger", "bradley_terry"] = Field(
+        "larger", description="of two scores the larger wins, or the first with probability sigmoid(difference)"
+    )
+    min_gap: float = Field(0.0, ge=0, description="scores that are closer are not compared")
+    online_reference: Literal["fixed", "moving"] = Field(
+        "fixed", description="every round's: where the run began, or the policy as that round began"
+    )
+    max_kl: float | None = Field(
+        None, gt=0, description="stop when KL(policy || start) on own samples is larger, nats; none: never"
+    )
+    allow_python: bool = Field(False, description="let judge rule:python import and run the named function")
+
+    @property
+    def judge_scores(self) -> bool:
+        """Whether the judge has a score for each response, rather than a verdict on two."""
+        return (self.judge or "").startswith(("rule:", "reward:", "policy:"))
+
+    @check(mode="after")
+    def _online_keys_are_used(self, info: ValidationInfo) -> Self:
+        given = [key for key, field in Online.model_fields.items() if getattr(self, key) != field.default]
+        if not self.online:
+            for key in given:
+                raise refusal(
+                    info, key, f"{key} belongs to rounds of sampling and training: set online, or leave it out"
+                )
+            return self
+        for key in ("prompts", "judge"):
+            if getattr(self, key) is None:
+                raise refusal(info, key, f"online needs {key}: give --{key} VALUE")
+        if " ; " in str(self.judge):
+            raise refusal(info, "judge", f"online asks one judge, not several: found {self.judge}")
+        for key in ("labels", "min_gap"):
+            if key in given and not self.judge_scores:
+                raise refusal(info, key, f"{key} is about scores, and judge {self.judge} only compares; leave it out")
+        return self
