@@ -65,8 +65,8 @@ class EvaluateConfig(Settings):
     reward: str | None = Field(
         None,
         min_length=1,
-        description="what scores responses: reward:RUN, rule:length, rule:regex:PATTERN, rule:json, rule:reviews, "
-        "rule:enumerable:SEED, rule:python:MODULE:F",
+        description="what scores responses: reward:RUN, policy:RUN, rule:length, rule:regex:PATTERN, rule:json, "
+        "rule:reviews, rule:enumerable:SEED, rule:python:MODULE:F",
     )
     truth: str | None = Field(
         None, min_length=1, description="a second scorer, taken as the truth that reward is held against"

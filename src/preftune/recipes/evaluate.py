@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from preftune.engine.card import jsonable
@@ -24,9 +24,10 @@ from preftune.engine.run import Run
 from preftune.judges.scores import Scorer
 from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.recipes.contestants import Answers, ask, open_contestant, read_prompts
+from preftune.recipes.diagnosing import Pair, calibration, findings, implicit, pair_ratios, read_pairs
 from preftune.recipes.evaluation_table import show
 from preftune.recipes.matching import compared
-from preftune.recipes.measuring import Measured, comparable, measure, no_blanks, scored, summary
+from preftune.recipes.measuring import Measured, best_of, comparable, measure, scored, summary
 from preftune.recipes.scoring import open_scorer
 from preftune.records import Prompt, Response, RunCard, to_json
 
@@ -40,18 +41,27 @@ def main(cfg: EvaluateConfig) -> RunCard:
     with Run.open(cfg.out, stage="evaluate", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
         scorers = {name: _scorer(getattr(cfg, name), cfg) for name in ("reward", "truth")}
         prompts = read_prompts(cfg, run)
-        field = _with_scores(_measured(cfg, prompts, run), scorers)
+        pairs = read_pairs(cfg.pairs, run) if cfg.pairs else []
+        field = _with_scores(_measured(cfg, prompts, pairs, run), scorers)
         reference = field[0]
         _write(run, "evaluation.jsonl", [json.dumps(asdict(row)) for one in field for row in one.rows])
         results: dict[str, Any] = {
             "reference": reference.name,
             "prompts": len(prompts),
-            "models": {one.name: summary(one, reference, cfg) for one in field},
+            "models": {
+                one.name: summary(one, reference, cfg) | (implicit(one.pair_ratios, pairs) if one.pair_ratios else {})
+                for one in field
+            },
         }
+        if cfg.reward is not None:
+            results["best_of_n"] = best_of(reference.rows)
         judgements, comparisons = compared(field, cfg, run)
         if judgements:
             _write(run, "judgements.jsonl", map(to_json, judgements))
         results |= comparisons
+        if pairs:
+            results["calibration"] = calibration(pairs, scorers, run)
+        results["findings"] = findings(field, pairs, results, cfg)
         card = run.finish(jsonable(results))
     show(card, cfg)
     return card
@@ -60,13 +70,12 @@ def main(cfg: EvaluateConfig) -> RunCard:
 def _scorer(name: str | None, cfg: EvaluateConfig) -> Scorer | None:
     if name is None:
         return None
-    opened = open_scorer(
-        name, device=cfg.device, tokens_per_batch=cfg.tokens_per_batch, allow_code=cfg.allow_python, role="scorer"
-    )
-    return no_blanks(name, opened)
+    return open_scorer(name, device=cfg.device, tokens_per_batch=cfg.tokens_per_batch, allow_code=cfg.allow_python)
 
 
-def _measured(cfg: EvaluateConfig, prompts: Sequence[tuple[Prompt, str]], run: Run) -> list[Measured]:
+def _measured(
+    cfg: EvaluateConfig, prompts: Sequence[tuple[Prompt, str]], pairs: Sequence[Pair], run: Run
+) -> list[Measured]:
     """The reference first; besides it one model at a time is in memory."""
     (first, folder), *others = cfg.contestants().items()
     reference = open_contestant(first, folder, cfg, run)
@@ -75,10 +84,13 @@ def _measured(cfg: EvaluateConfig, prompts: Sequence[tuple[Prompt, str]], run: R
     for name, folder in others:
         contestant = open_contestant(name, folder, cfg, run)
         answers: list[Answers] = ask(contestant, prompts, cfg, run)
+        one = measure(contestant, answers, reference, of_reference, cfg)
+        if pairs and contestant.loaded.tokenizer_sha256 == reference.loaded.tokenizer_sha256:
+            one = replace(one, pair_ratios=pair_ratios(contestant, reference, pairs))
+        field.append(one)
         if not comparable(contestant, reference, cfg):
             reason = "temperature 0 has no law" if cfg.temperature == 0 else "its tokenizer is not the reference's"
             run.warn(f"{name}: no KL to {first}, because {reason}")
-        field.append(measure(contestant, answers, reference, of_reference, cfg))
     if cfg.top_p < 1:
         run.warn(
             f"top_p {cfg.top_p:g} cuts every law: k1 compares the cut law of a model with the whole law of {first}; "

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from preftune.engine.run import Run
+from preftune.evaluation.leaderboard import leaderboard
+from preftune.evaluation.length_control import length_controlled
+from preftune.evaluation.power import noise_sentence
 from preftune.evaluation.win_rate import matches, win_rate
 from preftune.judges.contract import Comparison, Judge, judged
 from preftune.judges.scores import ScoreJudge
 from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.recipes.judging import open_judges, orders_of
 from preftune.recipes.loop_configs import LabelConfig
-from preftune.recipes.measuring import Measured, no_blanks
+from preftune.recipes.measuring import Measured
 from preftune.records import Judgement, Prompt, Response
 
 __all__ = ["compared"]
@@ -48,7 +50,15 @@ def compared(field: Sequence[Measured], cfg: EvaluateConfig, run: Run) -> tuple[
                     advance(len(some))
     found = matches(said)
     rates = [win_rate(found, one.name, other.name, seed=cfg.seed) for one, other in pairings]
-    return said, {"win_rates": rates}
+    decided = [rate for rate in rates if rate.rate.n]
+    results: dict[str, Any] = {
+        "win_rates": rates,
+        "length_controlled": [length_controlled(found, rate.one, rate.other, seed=cfg.seed) for rate in decided],
+        "noise": [noise_sentence(rate.prompts, (rate.ties + rate.both_bad) / rate.rate.n) for rate in decided],
+    }
+    if len(models) > 1 and decided:
+        results["leaderboard"] = leaderboard(found, anchor=reference.name, seed=cfg.seed)
+    return said, results
 
 
 def _comparisons(one: Measured, other: Measured) -> Iterator[Comparison]:
@@ -76,4 +86,4 @@ def _judges(field: Sequence[Measured], cfg: EvaluateConfig, labels: LabelConfig)
         yield [ScoreJudge(str(cfg.reward), look_up)]
         return
     with open_judges(labels) as judges:
-        yield [replace(j, score=no_blanks(j.name, j.score)) if isinstance(j, ScoreJudge) else j for j in judges]
+        yield judges

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from preftune.equations.optimum import best_of_n_reward
 from preftune.equations.resampling import weighted_mean
-from preftune.equations.stats import Interval, bootstrap, mean_interval, paired_bootstrap, share
+from preftune.equations.stats import Interval, bootstrap, mean_interval, paired_difference, share
 from preftune.evaluation.divergence import Divergence, divergences
 from preftune.evaluation.texts import repeated, shape
-from preftune.judges.scores import Scorer
 from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.recipes.contestants import Answers, Contestant
-from preftune.records import Prompt, Response
+from preftune.records import Response
 
-__all__ = ["Measured", "Row", "comparable", "measure", "no_blanks", "reference_gap", "scored", "summary"]
+__all__ = ["Measured", "Row", "best_of", "by_prompt", "comparable", "measure", "reference_gap", "scored", "summary"]
 
 RESAMPLES = 2000
 
@@ -60,6 +61,8 @@ class Measured:
     rows: list[Row]
     forward: list[list[Divergence]]
     """KL(reference || model) from the reference's answers; empty where laws cannot be compared."""
+    pair_ratios: list[tuple[float, float]] = field(default_factory=list)
+    """Log-ratios of the chosen and the rejected response of every held-out pair."""
 
 
 def measure(
@@ -103,21 +106,6 @@ def _with_divergence(row: Row, found: Divergence, response: Response, cfg: Evalu
     return replace(row, kl=found.rao_blackwell, k1=found.k1)
 
 
-def no_blanks(name: str, score: Scorer) -> Scorer:
-    """A reward model reads tokens of a response: one without text has no score, NaN, instead of ending the run."""
-    if not name.startswith("reward:"):
-        return score
-
-    def scored(asked: Sequence[tuple[Prompt, Response]]) -> list[float]:
-        said = [i for i, (_, response) in enumerate(asked) if response.text.strip()]
-        values = [math.nan] * len(asked)
-        for i, value in zip(said, score([asked[i] for i in said]), strict=True):
-            values[i] = value
-        return values
-
-    return scored
-
-
 def scored(measured: Measured, rewards: Sequence[float] | None, truths: Sequence[float] | None) -> Measured:
     """With rewards and truths of its rows, in their order; NaN becomes None."""
     rows = measured.rows
@@ -141,7 +129,7 @@ def summary(measured: Measured, reference: Measured, cfg: EvaluateConfig) -> dic
             found[column] = _mean(rows, column)
             found[f"{column}_missing"] = sum(getattr(row, column) is None for row in rows)
             if measured is not reference:
-                found[f"{column}_difference"] = reference_gap(rows, reference.rows, column, seed=cfg.seed)
+                found[f"{column}_difference"] = reference_gap(rows, reference.rows, column)
     if rows[0].k1 is not None and measured is not reference:
         if rows[0].kl is not None:
             found["kl"] = _mean(rows, "kl")
@@ -160,17 +148,40 @@ def summary(measured: Measured, reference: Measured, cfg: EvaluateConfig) -> dic
     return found
 
 
-def reference_gap(rows: Sequence[Row], reference: Sequence[Row], column: str, *, seed: int) -> Interval | None:
+def reference_gap(rows: Sequence[Row], reference: Sequence[Row], column: str) -> Interval | None:
     """Mean of the model less mean of the reference over the prompts on which both have a number, paired by prompt."""
-    ours, theirs = _by_prompt(rows, column), _by_prompt(reference, column)
+    ours, theirs = by_prompt(rows, column), by_prompt(reference, column)
     both = sorted(ours.keys() & theirs.keys())
     if not both:
         return None
-    return paired_bootstrap([ours[x] for x in both], [theirs[x] for x in both], resamples=RESAMPLES, seed=seed)
+    return paired_difference([ours[x] for x in both], [theirs[x] for x in both])
 
 
-def _by_prompt(rows: Iterable[Row], column: str) -> Mapping[int, float]:
-    """Mean of each prompt's responses that have the number."""
+def best_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Best of 1, 2, 4, ... of the reference's responses by reward: what choosing alone gains, and its KL at most.
+
+    Prompts of which a response has no reward are left out.
+    """
+    told: dict[int, list[float]] = {}
+    for row in rows:
+        told.setdefault(row.prompt, []).append(math.nan if row.reward is None else row.reward)
+    rewards_PN = torch.tensor([some for some in told.values() if all(map(math.isfinite, some))], dtype=torch.float64)
+    if not len(rewards_PN):
+        return []
+    most = rewards_PN.shape[1]
+    sizes = sorted({2**k for k in range(most.bit_length())} | {most})
+    return [
+        {
+            "n": n,
+            "reward": mean_interval(best_of_n_reward(rewards_PN, n).numpy()),
+            "kl_at_most": math.log(n) - (n - 1) / n,
+        }
+        for n in sizes
+    ]
+
+
+def by_prompt(rows: Iterable[Row], column: str) -> Mapping[int, float]:
+    """Prompt -> mean over its responses that have the number `column`."""
     values: dict[int, list[float]] = {}
     for row in rows:
         if getattr(row, column) is not None:
