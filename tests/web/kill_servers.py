@@ -147,7 +147,6 @@ def _serve(url: str, listener: socket.socket, ready: int) -> None:
 def main(url: str, sessions: Path, out: Path, kills: int) -> None:
     rng = random.Random(0)
     with serve.listen("127.0.0.1", 0) as listener:
-        listener.listen()
         port = listener.getsockname()[1]
         given = json.loads(sessions.read_text())
         origin, cookie = f"http://127.0.0.1:{port}", f"preftune_{port}"

@@ -85,7 +85,6 @@ def test_the_names_it_answers_to(given: dict[str, object], opened: str, hosts: s
 def test_a_taken_port_is_refused_in_words() -> None:
     """The second server on a port is told so; port 0 finds a free one."""
     with listen("127.0.0.1", 0) as first:
-        first.listen()
         port = first.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1 port {port}: .*; try --port 0"):
             listen("127.0.0.1", port)

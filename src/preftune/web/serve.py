@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import ssl
 import sys
 import webbrowser
 from pathlib import Path
@@ -74,6 +75,7 @@ def main(options: PageOptions) -> None:
     check_reach(options)
     if options.invite is not None:
         return _invite(options)
+    _check_certificate(options)
     with listen(options.host, options.port) as listener:
         port = int(listener.getsockname()[1])
         store = _fill(options)
@@ -159,6 +161,7 @@ def listen(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(where)
+            listener.listen()  # the printed link works at once: who comes early waits for the server
         except OSError:
             listener.close()
             raise
@@ -167,6 +170,20 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {problem.strerror}; try --port 0, any free one"
         ) from None
     return listener
+
+
+def _check_certificate(options: PageOptions) -> None:
+    """Read the files as the server will, before anything is opened: it would say less."""
+    if not options.tls_cert or not options.tls_key:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # nobody is asked for one
+    except OSError as problem:
+        raise ConfigError(
+            f"tls_cert {options.tls_cert} and tls_key {options.tls_key} do not serve TLS: {problem}; "
+            "give a certificate and its own private key, both PEM, the key without password"
+        ) from None
 
 
 def _fill(options: PageOptions) -> Store:
