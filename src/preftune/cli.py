@@ -36,7 +36,9 @@ STAGES: Mapping[str, str] = {
     "label import": "labels made elsewhere, into the store of a page",
     "dpo": "Direct Preference Optimization on preference pairs",
     "reward": "a reward model (Bradley-Terry or Plackett-Luce) on preference pairs or rankings",
+    "ppo": "reinforcement learning from a reward, PPO or RLOO, on the policy's own responses to prompts",
     "evaluate": "models against a reference on the same prompts: reward, KL, win rates, drift, each with its interval",
+    "report": "one page about one or several runs: results, curves, answers, data, settings and their differences",
 }
 """Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 
@@ -95,13 +97,18 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     config = CONFIGS[stage]
     parser = _parser(stage, config)
     found, unknown = parser.parse_known_args([_underscored(argument) for argument in argv[1:]])
+    flags: dict[str, Any] = vars(found)
+    if config.arguments and unknown and not any(argument.startswith("-") for argument in unknown):
+        key, shown = config.arguments
+        if key in flags:
+            raise ConfigError(f"{key} is given twice, as --{key} and as {' '.join(unknown)}; name each {shown} once")
+        flags[key], unknown = tuple(unknown), []
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
         switch = name.removeprefix("no_")
         hint = f"; write --{switch} false" if switch in config.model_fields else did_you_mean(name, config.model_fields)
         what = "unknown option" if unknown[0].startswith("-") else "unexpected argument"
         raise ConfigError(f"{what} {unknown[0]}{hint or f'; see preftune {stage} --help'}")
-    flags: dict[str, Any] = vars(found)
     values, origins = _read_yaml(flags.pop("config")) if "config" in flags else ({}, {})
     context = {key: origin for key, origin in origins.items() if key not in flags}
     return stage, config.model_validate({**values, **flags}, context=context)
@@ -146,10 +153,11 @@ def _parser(stage: str, config: type[Settings]) -> argparse.ArgumentParser:
     """Flags from the config's fields, grouped by its sections; values stay text, the config converts them."""
     from preftune.recipes.configs import sections
 
+    bare = f"{config.arguments[1]} [{config.arguments[1]} ...] " if config.arguments else ""
     parser = _Parser(
         prog=f"preftune {stage}",
         description=f"preftune {stage}: {STAGES[stage]}.",
-        usage=f"preftune {stage} [--config FILE.yaml] [--key value | --key=value | --switch] ...",
+        usage=f"preftune {stage} {bare}[--config FILE.yaml] [--key value | --key=value | --switch] ...",
         epilog="Keys are the same in the YAML file; flags win. A switch is --key, --key true or --key false.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

@@ -25,8 +25,14 @@ OPTIONS = {
     "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix "
     "online prompts judge rounds n temperature max_tokens labels min_gap online_reference max_kl allow_python",
     "reward": f"{TRAINING} pairs loss margin centering reference_samples",
+    "ppo": "model reward prompts reference eval_prompts format allow_refused allow_python n temperature max_tokens "
+    "missing_eos missing_eos_value standardise seed algorithm kl_coef target_kl kl_horizon max_kl critic critic_lr "
+    "ppo_epochs minibatches clip value_clip gamma lam whiten_rewards optimizer lr schedule warmup_steps max_grad_norm "
+    "weight_decay batch_size epochs max_steps shuffle tokens_per_batch dtype device activation_checkpointing out "
+    "eval_every early_stop save_every resume",
     "evaluate": "model reference prompts format allow_refused max_prompts n temperature top_p max_tokens seed reward "
     "truth judge orders criteria allow_python against pairs lm_eval batch_size tokens_per_batch dtype device out resume",
+    "report": "runs out",
 }
 
 

@@ -27,7 +27,7 @@ from preftune.errors import ConfigError
 from preftune.models.attention import own_attention
 from preftune.records import Prompt, Response
 
-__all__ = ["Drawn", "draw", "plan", "sample"]
+__all__ = ["Drawn", "draw", "encode_prompt", "plan", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def draw(
     Raises ConfigError on a value out of range or a prompt that leaves the model no room.
     """
     _check(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, batch_size=batch_size)
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     batches = _batches(model, encoded, n, max_tokens, batch_size)
     stops = _stop_ids(model, tokenizer)
     name = quote(writer or model.name_or_path or model.config.model_type, safe="/:.-_")
@@ -105,7 +105,7 @@ def plan(
     `sample` of one batch's prompts is one batch, with the numbers of the whole call to the last digit.
     Raises ConfigError when a prompt leaves the model no room.
     """
-    return _batches(model, [_encode(tokenizer, prompt) for prompt in prompts], n, max_tokens, batch_size)
+    return _batches(model, [encode_prompt(tokenizer, prompt) for prompt in prompts], n, max_tokens, batch_size)
 
 
 def _batches(model: Any, encoded: Sequence[Sequence[int]], n: int, max_tokens: int, batch_size: int) -> list[list[int]]:
@@ -116,7 +116,7 @@ def _batches(model: Any, encoded: Sequence[Sequence[int]], n: int, max_tokens: i
     return [order[start : start + at_once] for start in range(0, len(order), at_once)]
 
 
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The prompt's ids with what the tokenizer puts in front; what it would put behind (EOS) would end the prompt."""
     if not isinstance(prompt, str):
         messages = [{"role": message.role, "content": message.content} for message in prompt]

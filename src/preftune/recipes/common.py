@@ -23,7 +23,9 @@ from preftune.models.attention import install
 from preftune.models.load import LoadedModel, load, save
 from preftune.models.logprobs import check_packing
 from preftune.recipes.model_card import model_card
-from preftune.recipes.sections import TrainingConfig
+from preftune.recipes.report import finish
+from preftune.recipes.rl_configs import PpoConfig
+from preftune.recipes.sections import Machine, TrainingConfig
 from preftune.records import RunCard
 from preftune.tensors import PackedBatch, TokenGroup
 
@@ -81,7 +83,7 @@ class Batching:
 
 
 def open_model(
-    name: str, cfg: TrainingConfig, run: Run, *, role: str = "model", read: Callable[..., LoadedModel] = load
+    name: str, cfg: Machine, run: Run, *, role: str = "model", read: Callable[..., LoadedModel] = load
 ) -> tuple[LoadedModel, Batching]:
     """`read` a model on the configured device and dtype, and decide between packed and padded rows."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
@@ -144,12 +146,13 @@ class Loop:
 
     The data order is a function of (seed, epoch) and the position in the epoch; both follow from one step count, so a
     checkpoint is that count, the optimizer's tensors, the random number states, the counters of early stopping, and
-    whatever else the recipe hands over: `memory`, plain numbers that it replaces, and `tensors`, which change in place.
+    whatever else the recipe hands over: `memory`, plain numbers that it replaces, `tensors`, which change in place, and
+    `further` optimizers, of models that learn beside this one.
     """
 
     def __init__(
         self,
-        cfg: TrainingConfig,
+        cfg: TrainingConfig | PpoConfig,
         run: Run,
         plan: StepPlan,
         model: LoadedModel,
@@ -157,9 +160,10 @@ class Loop:
         peak_lr: float,
         memory: Mapping[str, Any] = MappingProxyType({}),
         tensors: Mapping[str, Tensor] = MappingProxyType({}),
+        further: Mapping[str, Optimizer] = MappingProxyType({}),
     ) -> None:
         self.cfg, self.run, self.plan, self.model, self.peak_lr = cfg, run, plan, model, peak_lr
-        self.memory, self._tensors = memory, tensors
+        self.memory, self._tensors, self._further = memory, tensors, further
         self.optimizer = Optimizer(
             model.model,
             name=cfg.optimizer,
@@ -173,7 +177,8 @@ class Loop:
         self._patience: dict[str, Any] = {"best": None, "step": 0, "waited": 0}
         self._checkpoints = Checkpoints(run.folder / "checkpoints")
         self._best = Checkpoints(run.folder / "best", keep=1)
-        size = self.optimizer.checkpoint_bytes + sum(tensor.nbytes for tensor in self._tensors.values())
+        size = sum(o.checkpoint_bytes for o in (self.optimizer, *further.values()))
+        size += sum(tensor.nbytes for tensor in self._tensors.values())
         self._checkpoints.check_space((self._checkpoints.keep + 1) * size)
         if cfg.resume:
             self._restore(self._checkpoints)
@@ -199,6 +204,10 @@ class Loop:
                 saved = self.step
         if saved != self.step:
             self._save(self._checkpoints)
+
+    def end(self) -> None:
+        """Take no further step: what there is is the result."""
+        self.total_steps = self.step
 
     def due(self, every: int) -> bool:
         """Is the step in hand a multiple of `every`? 0 means never."""
@@ -229,7 +238,7 @@ class Loop:
         self.run.record(results={"steps": self.step, **told})
         card = model_card(self.run.card, base_model=self.cfg.model, method=method)
         save(self.model.model, self.model.tokenizer, self.run.folder / "model", state=None, card=card)
-        return self.run.finish({})
+        return finish(self.run, {})
 
     @property
     def _out_of_patience(self) -> bool:
@@ -237,13 +246,18 @@ class Loop:
 
     def _save(self, where: Checkpoints) -> None:
         state = {"step": self.step, "rng": rng_state(), "patience": self._patience, "memory": dict(self.memory)}
-        where.save(self.step, {**self.optimizer.tensors(), **self._tensors}, state)
+        further = {f"{name}/{key}": t for name, other in self._further.items() for key, t in other.tensors().items()}
+        where.save(self.step, {**self.optimizer.tensors(), **self._tensors, **further}, state)
 
     def _restore(self, where: Checkpoints) -> None:
         checkpoint = where.latest(self.run.note)
         if checkpoint is None:
             return
-        self.optimizer.load({name: t for name, t in checkpoint.tensors.items() if name not in self._tensors})
+        own = dict(checkpoint.tensors)
+        for name, other in self._further.items():
+            theirs = [key for key in own if key.startswith(f"{name}/")]
+            other.load({key.removeprefix(f"{name}/"): own.pop(key) for key in theirs})
+        self.optimizer.load({name: t for name, t in own.items() if name not in self._tensors})
         for name, tensor in self._tensors.items():
             tensor.copy_(checkpoint.tensors[name])
         set_rng_state(checkpoint.state["rng"])

@@ -14,9 +14,10 @@ from pydantic import model_validator as check
 
 from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import Layout
-from preftune.recipes.comparison_configs import EvaluateConfig
+from preftune.recipes.comparison_configs import EvaluateConfig, ReportConfig
 from preftune.recipes.loop_configs import ExportConfig, ImportConfig, LabelConfig, Online, Page, SampleConfig
 from preftune.recipes.loss_facts import LOSS_FACTS
+from preftune.recipes.rl_configs import PpoConfig, Rollouts, Rules
 from preftune.recipes.sections import Folder, Machine, Objective, Optimization, Pairing, Reading, TrainingConfig
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
@@ -26,6 +27,7 @@ __all__ = [
     "ExplainConfig",
     "InspectConfig",
     "LabelConfig",
+    "PpoConfig",
     "QuickstartConfig",
     "RewardConfig",
     "SampleConfig",
@@ -178,11 +180,24 @@ CONFIGS: Mapping[str, type[Settings]] = {
     "label import": ImportConfig,
     "dpo": DpoConfig,
     "reward": RewardConfig,
+    "ppo": PpoConfig,
     "evaluate": EvaluateConfig,
+    "report": ReportConfig,
 }
 """Stage -> what it may be told."""
 
-_SECTIONS: tuple[type[Settings], ...] = (Reading, Pairing, Objective, Optimization, Machine, Folder, Online, Page)
+_SECTIONS: tuple[type[Settings], ...] = (
+    Reading,
+    Pairing,
+    Objective,
+    Rollouts,
+    Rules,
+    Optimization,
+    Machine,
+    Folder,
+    Online,
+    Page,
+)
 
 
 def sections(config: type[Settings]) -> dict[str, list[str]]:

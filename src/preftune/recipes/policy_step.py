@@ -93,8 +93,8 @@ def ppo_update(
     raw = gae(rewards, rollout.values, mask, gamma=knobs.gamma, lam=knobs.lam)
     returns, advantages = raw + rollout.values, whiten(raw, mask)
     seen = Means()
-    steps = knobs.epochs * min(knobs.minibatches, len(rollout.groups))
-    for step, groups in enumerate(_minibatches(rollout.groups, knobs, seed, update), start=(update - 1) * steps + 1):
+    first = (update - 1) * knobs.epochs * knobs.minibatches + 1
+    for step, groups in enumerate(_minibatches(rollout.groups, knobs, seed, update), start=first):
         batches = list(batching(groups))
         tokens = sum(len(batch.targets) for batch in batches)
         for batch, rows in zip(batches, rows_of(batches, rollout.groups), strict=True):
@@ -115,7 +115,7 @@ def ppo_update(
                 ratio_mean=ratio.mean(),
                 ratio_var=ratio.var(correction=0),
             )
-            if step == (update - 1) * steps + 1:
+            if step == first:
                 seen.add(len(old), first_approx_kl=approx_kl(logps, old))
         seen.add(1, grad_norm=policy.optimizer.step(step, lr), critic_grad_norm=critic.optimizer.step(step, critic_lr))
     explained = 1 - raw[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12)

@@ -1,0 +1,174 @@
+"""RLHF: a policy learns from the reward of its own responses, by PPO or RLOO, held near a reference by the KL.
+
+    prompts, models, reward                                               recipes/ppo_parts.py, scoring.py
+    prompts -> responses of the policy -> scores, log-probs, values       recipes/rollouts.py
+    -> token rewards, advantages -> steps of policy and critic            recipes/policy_step.py, equations/
+    checkpoints, metrics.jsonl, run.json, model/                          recipes/common.py, engine/
+
+Four objects, each its own: the policy that answers and learns, the reference it is held to, the critic that predicts
+what is still to come (PPO), and the reward: a model, a rule, or the truth of an embedded world. A step is one rollout:
+`batch_size` prompts with n responses each, and the updates made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from preftune.data.packing import StepPlan
+from preftune.engine.clock import Clock
+from preftune.engine.run import Run
+from preftune.equations.policy_gradient import adaptive_kl
+from preftune.equations.stats import mean_interval, share
+from preftune.errors import RunError
+from preftune.judges.scores import Scorer
+from preftune.models.logprobs import TOLERANCE
+from preftune.recipes.common import MAY_DIFFER, Batching, Loop
+from preftune.recipes.policy_meter import rollout_metrics
+from preftune.recipes.policy_step import Learner, PpoKnobs, ppo_update, rloo_update
+from preftune.recipes.ppo_parts import (
+    Asked,
+    critic_learner,
+    draw_seed,
+    open_models,
+    read_prompts,
+    reference_scores,
+    sampling_of,
+)
+from preftune.recipes.rl_configs import PpoConfig
+from preftune.recipes.rollouts import Models, Rollout, Sampling, roll_out
+from preftune.recipes.scoring import open_scorer
+from preftune.records import RunCard
+
+__all__ = ["PpoConfig", "main"]
+
+
+def main(cfg: PpoConfig) -> RunCard:
+    """Train `cfg.model` on the reward of its own responses to `cfg.prompts`; the result is `out/model`.
+
+    Raises ConfigError, DataError, ArtifactError for input that is refused, and RunError when the run itself fails.
+    """
+    with Run.open(cfg.out, stage="ppo", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
+        policy, models, batching = open_models(cfg, run)
+        reward = open_scorer(
+            cfg.reward, device=batching.device, dtype=policy.model.dtype, tokens_per_batch=cfg.tokens_per_batch,
+            allow_code=cfg.allow_python, role="reward",
+        )  # fmt: skip
+        held_out = read_prompts(cfg.eval_prompts, "eval", cfg, run, policy) if cfg.eval_prompts else []
+        asked = read_prompts(cfg.prompts, "train", cfg, run, policy, held_out)
+        prompt_of = {id(group): prompt for group, prompt in asked}
+        sampling = sampling_of(cfg, asked + held_out)
+
+        plan = StepPlan([group for group, _ in asked], batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
+        first = [prompt_of[id(group)] for group in plan.groups_of(0, 0)]
+        scale = reference_scores(cfg, models, first, reward, sampling, run) if cfg.standardise else None
+        critic = critic_learner(cfg, models)
+        loop = Loop(
+            cfg, run, plan, policy, peak_lr=cfg.lr, memory={"kl_coef": cfg.kl_coef, "spent": False},
+            further={"critic": critic.optimizer} if critic else {},
+        )  # fmt: skip
+        if loop.memory["spent"]:
+            loop.end()
+        learner, certified, clock = Learner(policy.model, loop.optimizer), False, Clock()
+        for step, groups, lr in loop.steps():
+            coef = loop.memory["kl_coef"]
+            prompts = [prompt_of[id(group)] for group in groups]
+            rollout = roll_out(models, prompts, reward, batching, sampling, seed=draw_seed(cfg, step), scale=scale)
+            if not certified:
+                batching.check(policy.model, rollout.groups)
+                certified = True
+            clock.lap("rollout")
+            metrics = rollout_metrics(rollout, coef)
+            if cfg.max_kl is not None and rollout.kl > cfg.max_kl:
+                run.note(
+                    f"step {step}: KL {rollout.kl:.4g} is above max_kl {cfg.max_kl:g}; the policy is left as it is"
+                )
+                loop.memory = {**loop.memory, "spent": True}
+                loop.end()
+            else:
+                metrics |= updated(cfg, learner, critic, rollout, batching, coef, lr, step)
+                if cfg.target_kl is not None:
+                    loop.memory = {**loop.memory, "kl_coef": next_coefficient(cfg, coef, rollout)}
+            clock.lap("update")
+            run.after_step(step, metrics | {"lr": lr} | speed(clock, rollout))
+            if held_out and loop.due(cfg.eval_every):
+                loop.evaluated(evaluate(cfg, models, held_out, reward, batching, sampling, scale))
+                clock = Clock()
+
+        return loop.finish(
+            results=lambda: evaluate(cfg, models, held_out, reward, batching, sampling, scale) if held_out else {},
+            method=f"Reinforcement learning by {cfg.algorithm.upper()} on reward `{cfg.reward}`, beta {cfg.kl_coef:g}.",
+        )
+
+
+def updated(
+    cfg: PpoConfig,
+    policy: Learner,
+    critic: Learner | None,
+    rollout: Rollout,
+    batching: Batching,
+    coef: float,
+    lr: float,
+    step: int,
+) -> dict[str, float]:
+    """One update. Raises RunError when its first ratio is not 1: then rollout and update disagree on log-probs."""
+    if critic is None:
+        metrics = rloo_update(policy, rollout, batching, kl_coef=coef, lr=lr, update=step)
+    else:
+        knobs = PpoKnobs(
+            epochs=cfg.ppo_epochs, minibatches=cfg.minibatches, clip=cfg.clip, value_clip=cfg.value_clip,
+            gamma=cfg.gamma, lam=cfg.lam, whiten_rewards=cfg.whiten_rewards,
+        )  # fmt: skip
+        critic_lr = lr / cfg.lr * (cfg.critic_lr or cfg.lr)
+        metrics = ppo_update(
+            policy, critic, rollout, batching, knobs, kl_coef=coef, lr=lr, critic_lr=critic_lr, seed=cfg.seed,
+            update=step,
+        )  # fmt: skip
+    if not metrics["first_approx_kl"] <= TOLERANCE[policy.model.dtype] ** 2 / 2:
+        raise RunError(
+            f"step {step}: before the first update the policy is {metrics['first_approx_kl']:.2g} nats per token from "
+            "its own rollout, where it must be 0: its log-probs are no function of its weights and tokens alone"
+        )
+    return metrics
+
+
+def evaluate(
+    cfg: PpoConfig,
+    models: Models,
+    held_out: Asked,
+    reward: Scorer,
+    batching: Batching,
+    sampling: Sampling,
+    scale: Sequence[float] | None,
+) -> dict[str, Any]:
+    """Reward and KL of one response to each held-out prompt, with 95 % intervals; the same random numbers every time.
+
+    `loss` is -(reward - kl_coef KL), which early stopping reads: a reward bought with too much KL is no improvement.
+    """
+    rollout = roll_out(
+        replace(models, critic=None), [prompt for _, prompt in held_out], reward, batching, replace(sampling, n=1),
+        seed=draw_seed(cfg, 0), scale=scale,
+    )  # fmt: skip
+    scores, kl = rollout.scores.double().cpu().numpy(), rollout.divergence.sum(-1).double().cpu().numpy()
+    finished = share(rollout.finished.double().cpu().numpy())
+    intervals = {"reward": mean_interval(scores), "kl": mean_interval(kl), "finished": finished}
+    intervals |= {"loss": mean_interval(cfg.kl_coef * kl - scores)}
+    numbers = {name: interval.estimate for name, interval in intervals.items()}
+    numbers |= {f"{name}_low": interval.low for name, interval in intervals.items()}
+    numbers |= {f"{name}_high": interval.high for name, interval in intervals.items()}
+    length = float(rollout.mask.sum(-1).double().mean())
+    return {**numbers, "length": length, "responses": len(scores), "unscored": rollout.unscored}
+
+
+def next_coefficient(cfg: PpoConfig, coef: float, rollout: Rollout) -> float:
+    assert cfg.target_kl is not None
+    samples = len(rollout.scores)
+    return adaptive_kl(coef, rollout.kl, target=cfg.target_kl, horizon=cfg.kl_horizon, samples=samples)
+
+
+def speed(clock: Clock, rollout: Rollout) -> dict[str, float]:
+    """Completion tokens per second of the whole step, and the shares of sampling and learning."""
+    seconds, shares = clock.read()
+    per_second = int(rollout.mask.sum()) / seconds
+    return {"tokens_per_second": per_second, **{f"share_{name}": part for name, part in shares.items()}}
