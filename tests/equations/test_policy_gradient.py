@@ -162,6 +162,8 @@ def test_the_policy_clip_stops_what_went_too_far_and_nothing_else() -> None:
     assert bool((found[stopped] == 0).all())
     close(found[~stopped], (-ratio * advantages)[~stopped])
     close(clipped_policy_loss(ratio.log(), zero, advantages)[:3], numbers(-2.4, 1.6, 2.6))
+    one_by_one = zip(ratio.log()[:, None], zero[:, None], advantages[:, None], strict=True)
+    assert [bool(clip_fraction(*token, clip=0.2)) for token in one_by_one] == stopped.tolist()
     assert clip_fraction(ratio.log(), zero, advantages, clip=0.2) == 0.25
     assert clip_fraction(ratio.log(), zero, advantages, clip=0.35) == 0
     close(slope(clipped_policy_loss, ratio.log(), zero, advantages, clip=0.35), -ratio * advantages)
@@ -295,6 +297,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a mask of numbers": (lambda: whiten(X, MASK.long()), "bool mask"),
     "a response of nothing": (lambda: whiten(X, MASK & torch.tensor([[True], [False]])), "at least one completion"),
     "padding on the left": (lambda: gae(X, X, MASK.triu()), "tokens stand first"),
+    "a hole": (lambda: gae(X, X, torch.tensor([[True, False, True]] * 2)), "tokens stand first"),
     "no response": (lambda: whiten(X[:0], MASK[:0]), "at least one completion"),
     "a horizon of 0": (lambda: adaptive_kl(0.1, 1.0, target=6.0, horizon=0, samples=8), "horizon must be"),
     "a short horizon": (lambda: adaptive_kl(0.1, 1.0, target=6.0, horizon=20, samples=100), "or beta reaches 0"),
