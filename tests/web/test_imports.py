@@ -95,6 +95,56 @@ ARGILLA_NESTED = {
     "status": "completed",
 }
 
+STUDIO_MIN = [
+    {
+        "prompt": "Which?",
+        "text1": "left text",
+        "text2": "right text",
+        "id": 17,
+        "pw": [{"selected": "right"}],
+        "annotator": 3,
+        "annotation_id": 1001,
+        "created_at": "2024-05-02T09:50:00.1Z",
+        "updated_at": "2024-05-02T09:50:00.1Z",
+        "lead_time": 4.288,
+    },
+    {
+        "prompt": "Rank!",
+        "items": [{"id": "m1", "body": "body 1"}, {"id": "m2", "body": "body 2"}, {"id": 3, "body": "body 3"}],
+        "id": 18,
+        "rank": [{"ranker": {"rank": ["m2", "3", "m1"]}}],
+        "annotator": 4,
+        "annotation_id": 1003,
+        "created_at": "2024-05-02T09:51:00.1Z",
+        "updated_at": "2024-05-02T09:51:00.1Z",
+        "lead_time": 9.1,
+        "agreement": 1.0,
+    },
+]
+ARGILLA_1 = {
+    "prompt": "Which?",
+    "reply-1": "one",
+    "reply-2": "two",
+    "reply-3": "three",
+    "order": [
+        {
+            "user_id": "u1",
+            "value": {"rank": [1, 2, 2], "value": ["reply-2", "reply-1", "reply-3"]},
+            "status": "submitted",
+        },
+        {
+            "user_id": "u2",
+            "value": [{"rank": 2, "value": "reply-1"}, {"rank": 1, "value": "reply-3"}],
+            "status": "draft",
+        },
+        {"user_id": "u3", "value": None, "status": "discarded"},
+    ],
+    "order-suggestion": {"rank": [1, 2, 3], "value": ["reply-1", "reply-2", "reply-3"]},
+    "order-suggestion-metadata": {"type": None, "score": None, "agent": None},
+    "external_id": None,
+    "metadata": "{}",
+}
+
 
 def written(rows: object, folder: Path, name: str = "rows.json") -> Path:
     path = folder / name
@@ -105,6 +155,33 @@ def written(rows: object, folder: Path, name: str = "rows.json") -> Path:
 def said(labels: list[Labelled | Refusal]) -> list[tuple[str, str, tuple[int, ...]]]:
     assert all(isinstance(label, Labelled) for label in labels), labels
     return [(label.annotator, label.answer.kind, label.answer.ranks) for label in labels if isinstance(label, Labelled)]
+
+
+def test_label_studios_short_form_says_the_same(tmp_path: Path) -> None:
+    """JSON-MIN: one annotation per row beside the columns of its task, the annotator's number as the name."""
+    labels = read_labels(written(STUDIO_MIN, tmp_path))
+    assert said(labels) == [("3", "ranking", (2, 1)), ("4", "ranking", (3, 1, 2))]
+    found = [label.item for label in labels if isinstance(label, Labelled)]
+    full = read_labels(written([STUDIO_PAIR, STUDIO_RANK], tmp_path))
+    assert {item.key for item in found} == {label.item.key for label in full if isinstance(label, Labelled)}
+    (refused,) = read_labels(written([{**STUDIO_MIN[0], "pw": []}], tmp_path))
+    assert isinstance(refused, Refusal) and "holds 0 results of type pairwise or ranker" in refused.reason
+
+
+def test_argilla_1_says_it_by_columns(tmp_path: Path) -> None:
+    """A ranking as `datasets` writes it, by name and rank; a draft is left out, a discarded response is a skip."""
+    labels = read_labels(written([ARGILLA_1], tmp_path))
+    assert said(labels) == [("u1", "ranking", (2, 1, 2)), ("u3", "skip", ())]
+    item = labels[0].item if isinstance(labels[0], Labelled) else None
+    assert item is not None and item.prompt == "Which?"
+    assert [response.text for response in item.responses] == ["one", "two", "three"]
+    choice = {**ARGILLA_1, "order": [{"user_id": "u1", "value": "reply-1", "status": "submitted"}]}
+    two = {name: value for name, value in choice.items() if name != "reply-3"}
+    assert said(read_labels(written([two], tmp_path))) == [("u1", "ranking", (1, 2))]
+    other = {**ARGILLA_1, "why": [], "why-suggestion": None}
+    (refused,) = read_labels(written([other], tmp_path))
+    assert isinstance(refused, Refusal) and "answers order, why; name one" in refused.reason
+    assert said(read_labels(written([other], tmp_path), Columns(question="order"))) == said(labels)
 
 
 def test_label_studio_pairwise_and_ranker(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ Every row of a file becomes labels or a `Refusal` with its place; nothing is gue
 column is the prompt and which are the responses, so `Columns` does; its defaults are the names of their templates.
 
 Label Studio, JSON export: tasks with `data` and `annotations`; a result of type `pairwise` (`selected`: left or right)
-or `ranker` (ids of `data`'s list of items, best first). A cancelled annotation is a skip.
+or `ranker` (ids of `data`'s list of items, best first). A cancelled annotation is a skip. JSON-MIN: the columns of
+`data` with one annotation beside them (it leaves cancelled ones out).
 Argilla 2, `records.to_list()` or `to_json()`, flat or not: a ranking question (names of response fields, best first,
 or {value, rank}), or a label question whose label names a response field, a tie or both bad. A discarded response is a
-skip.
+skip. Argilla 1, a FeedbackDataset as `datasets` writes it (`to_json()`): the same, a column per field and question.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ TIES = {"tie", "same", "equal", "bothgood", "nopreference"}
 BOTH_BAD = {"bothbad", "neither", "bothworse"}
 BODIES = ("body", "text", "html", "content", "title")
 """Where an item of Label Studio's List holds its text."""
+STUDIO_MIN = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement"}
+"""What Label Studio's JSON-MIN adds to the columns of `data` and the controls."""
 Labels = Iterator[Labelled | Refusal]
 
 
@@ -64,7 +67,12 @@ def read_labels(path: Path, columns: Columns = Columns()) -> list[Labelled | Ref
     reader = TEXT_READERS.get(kind_of(path))
     rows = list(reader(path, path.name)) if reader and path.is_file() else []
     values = [row.value for row in rows if isinstance(row, Row) and isinstance(row.value, dict)]
-    for matches, read in ((_is_label_studio, _label_studio), (_is_argilla, _argilla)):
+    for matches, read in (
+        (_is_label_studio, _label_studio),
+        (_is_label_studio_min, _label_studio_min),
+        (_is_argilla, _argilla),
+        (_is_argilla_1, _argilla_1),
+    ):
         if any(map(matches, values)):
             return [label for row in rows for label in _each(row, columns, read)]
     return list(_preferences(path))
@@ -117,6 +125,25 @@ def _label_studio(row: Fields, columns: Columns) -> Labels:
         if annotation.values.get("was_cancelled"):
             answer = Answer(kind="skip")
         yield Labelled(item=item, annotator=_completed_by(annotation), answer=answer)
+
+
+def _is_label_studio_min(row: Mapping[str, object]) -> bool:
+    return {"annotator", "annotation_id", "lead_time"} <= set(row)
+
+
+def _label_studio_min(row: Fields, columns: Columns) -> Labels:
+    """As the annotation it was made of; the control's type shows in what it says, its `to_name` is lost."""
+    controls = {"selected": "pairwise", "ranker": "ranker"}
+    data = {name: value for name, value in row.values.items() if name not in STUDIO_MIN}
+    found = [
+        {"type": controls[key], "value": said}
+        for value in data.values()
+        for said in (value if isinstance(value, list) else ())
+        for key in controls
+        if isinstance(said, dict) and key in said
+    ]
+    annotation = {"completed_by": row.values["annotator"], "result": found}
+    yield from _label_studio(Fields(Row(row.origin, {"data": data, "annotations": [annotation]})), columns)
 
 
 def _completed_by(annotation: Fields) -> str:
@@ -188,6 +215,28 @@ def _argilla(row: Fields, columns: Columns) -> Labels:
             raise Flaw(question + suffix, "has no user; labels are per annotator")
         answer = Answer(kind="skip") if status == "discarded" else _argilla_answer(value, list(responses), question)
         yield Labelled(item=item, annotator=user, answer=answer)
+
+
+def _is_argilla_1(row: Mapping[str, object]) -> bool:
+    return bool(_questions_1(row))
+
+
+def _argilla_1(row: Fields, columns: Columns) -> Labels:
+    """As Argilla 2 would nest it; `datasets` may turn a ranking's list of pairs into a pair of lists."""
+    responses: dict[str, object] = {}
+    for question in _questions_1(row.values):
+        given = [dict(one.values) for one in row.list_of_fields(question)]
+        for one in given:
+            value = one.get("value")
+            if isinstance(value, dict) and all(isinstance(value.get(key), list) for key in ("rank", "value")):
+                one["value"] = [{"rank": r, "value": v} for r, v in zip(value["rank"], value["value"], strict=False)]
+        responses[question] = given
+    fields = {name: value for name, value in row.values.items() if isinstance(value, str)}  # an optional one is null
+    yield from _argilla(Fields(Row(row.origin, {"fields": fields, "responses": responses})), columns)
+
+
+def _questions_1(row: Mapping[str, object]) -> list[str]:
+    return [str(name) for name, value in row.items() if f"{name}-suggestion" in row and isinstance(value, list)]
 
 
 Said = list[tuple[object, object, object]]
