@@ -13,6 +13,7 @@ from preftune.judges.agreement import (
     Level,
     agreement,
     cohen_kappa,
+    fleiss_kappa,
     flip_rate,
     krippendorff_alpha,
     longest_wins,
@@ -170,11 +171,75 @@ def test_equal_texts_say_nothing_about_agreement() -> None:
 def test_the_flip_rate_counts_answers_that_turn_with_the_order() -> None:
     """A win of the same response from either side is steady; a skip is no answer."""
     shown = [
-        (said("x", "a", "b", "first"), said("x", "b", "a", "second")),
-        (said("x", "a", "b", "first"), said("x", "b", "a", "first")),
-        (said("x", "a", "b", "tie"), said("x", "b", "a", "first")),
-        (said("x", "a", "b", "tie"), said("x", "b", "a", "tie")),
-        (said("x", "a", "b", "skip"), said("x", "b", "a", "first")),
+        (said("x", "a", "b", "first", "1"), said("x", "b", "a", "second", "1")),
+        (said("x", "a", "b", "first", "2"), said("x", "b", "a", "first", "2")),
+        (said("x", "a", "b", "tie", "3"), said("x", "b", "a", "first", "3")),
+        (said("x", "a", "b", "tie", "4"), said("x", "b", "a", "tie", "4")),
+        (said("x", "a", "b", "skip", "5"), said("x", "b", "a", "first", "5")),
     ]
     rate = flip_rate(shown)
     assert (rate.estimate, rate.n) == (0.5, 4) and 0 < rate.low < 0.5 < rate.high < 1
+
+
+# Fleiss (1971) as reprinted in textbooks: 10 items, 14 raters, 5 categories, kappa 0.210.
+TEXTBOOK = [
+    [0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
+    [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
+]  # fmt: skip
+
+
+def test_fleiss_kappa_of_the_textbook_example() -> None:
+    """0.210 of 14 raters; whose rating it is does not matter."""
+    drawn = np.array([np.repeat(np.arange(5.0), row) for row in TEXTBOOK])
+    kappa = fleiss_kappa(drawn)
+    assert kappa.estimate == pytest.approx(0.210, abs=5e-4) and kappa.n == 10
+    mixed = np.random.default_rng(0).permuted(drawn, axis=1)
+    assert fleiss_kappa(mixed).estimate == pytest.approx(kappa.estimate, abs=1e-12)
+    assert kappa.low < kappa.estimate < kappa.high
+
+
+def test_fleiss_kappa_by_brute_force_over_pairs_of_raters() -> None:
+    """Observed: share of equal pairs within items; expected: of any two ratings, itself included."""
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        drawn = rng.integers(0, 3, (8, 4)).astype(float)
+        observed = np.mean([a == b for row in drawn for a, b in combinations(row, 2)])
+        expected = np.mean(drawn.ravel()[:, None] == drawn.ravel())
+        kappa = fleiss_kappa(drawn, resamples=0).estimate
+        assert kappa == pytest.approx((observed - expected) / (1 - expected), abs=1e-12)
+
+
+def test_fleiss_kappa_needs_equally_many_ratings_and_more_than_one_value() -> None:
+    """Gaps are refused with what takes them; one value for all has no kappa."""
+    with pytest.raises(ValueError, match=r"equally many ratings per item, not 2 to 3; alpha takes gaps"):
+        fleiss_kappa([[0, 1, 1], [0, 1, GAP]])
+    assert math.isnan(fleiss_kappa([[1.0, 1.0]] * 5).estimate)
+
+
+def test_items_of_one_prompt_are_not_taken_as_independent() -> None:
+    """Every item ten times under its prompt: no interval gets narrower; as items of their own it would."""
+    rng = np.random.default_rng(2)
+    wins = [("first", "second")[int(rng.random() < 0.4)] for _ in range(60)]
+    others = [w if rng.random() < 0.7 else "tie" for w in wins]
+
+    def judged(copies: int) -> list[Judgement]:
+        return [
+            said(judge, f"{'a' * (i % 5 + 1)}{copy}", f"b{copy}", outcome, f"{i}")
+            for copy in range(copies)
+            for i, pair in enumerate(zip(wins, others, strict=True))
+            for judge, outcome in zip("xy", pair, strict=True)
+        ]
+
+    once, tenfold = agreement(judged(1)), agreement(judged(10))
+    x, x_ten = once.annotators[0], tenfold.annotators[0]
+    for small, large in (
+        (once.raw, tenfold.raw), (once.kappa, tenfold.kappa), (once.alpha, tenfold.alpha),
+        (x.others, x_ten.others), (x.first, x_ten.first), (x.longest_wins, x_ten.longest_wins),
+    ):  # fmt: skip
+        assert large.n == 10 * small.n and large.estimate == pytest.approx(small.estimate, abs=0.01)
+        assert (large.high - large.low) == pytest.approx(small.high - small.low, rel=0.12)
+    nominal = ratings(judged(10))[1]
+    alone = krippendorff_alpha(nominal)
+    assert alone.high - alone.low < 0.5 * (tenfold.alpha.high - tenfold.alpha.low)
+    turned = [(said("x", "a", "b", w, f"{i}"), said("x", "b", "a", "first", f"{i}")) for i, w in enumerate(wins)]
+    assert flip_rate(turned * 10).low == pytest.approx(flip_rate(turned).low, abs=0.02)
