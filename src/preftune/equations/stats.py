@@ -227,36 +227,31 @@ def paired_bootstrap(
     return Interval(float(difference_N.mean()), found.low, found.high, len(difference_N))
 
 
-def seeds_and_prompts(
-    values: ArrayLike, level: float = 0.95, *, same_prompts: bool = True, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """The mean of values [S seeds, P prompts] as it would vary over new seeds and new prompts, by nested bootstrap.
+def seeds_and_prompts(values: ArrayLike, level: float = 0.95, *, same_prompts: bool = True) -> Interval:
+    """The mean of values [S seeds, P prompts] as it would vary over new seeds and new prompts.
 
-    Seeds are drawn, then prompts: once for all seeds where those share them (`same_prompts`; Owen, 2007), else anew
-    within each. Few seeds have at most S distinct values to draw, and no quantile of theirs can cover; the ends are
-    therefore estimate +- t_{S-1} sqrt(S / (S - 1)) times the standard deviation of the draws. Conservative where
-    prompts matter more than seeds. Raises ValueError unless S >= 2.
+    Prompts of each seed's own: Student's t of the S seed means. The same for all seeds: variance components of the
+    crossed table, Var = (MS_seed + MS_prompt - MS_rest) / (S P) with Satterthwaite's degrees of freedom. The nested
+    bootstrap of the same table is no substitute: S seeds have few distinct draws, and it counts the rest twice or
+    three times (Owen, 2007). Raises ValueError unless S >= 2, and P >= 2 where prompts are shared.
     """
     values_SP = np.atleast_2d(np.asarray(values, np.float64))
     _finite(values_SP)
     S, P = values_SP.shape
-    if S < 2:
-        raise ValueError("one seed does not tell how seeds vary: 2 or more are needed")
-    rng, rows = np.random.default_rng(seed), max(1, 1_000_000 // (P if same_prompts else S * P))
-    draws: list[Floats] = []
-    for start in range(0, resamples, rows):
-        some = min(rows, resamples - start)
-        seeds_RS = rng.multinomial(S, np.full(S, 1 / S), size=some) / S
-        if same_prompts:
-            picked = rng.integers(P, size=(some, P)) + P * np.arange(some)[:, None]
-            prompts_RP = np.bincount(picked.ravel(), minlength=some * P).reshape(some, P) / P
-            draws.append(((seeds_RS @ values_SP) * prompts_RP).sum(1))
-        else:
-            picks_RS = rng.choice(S, size=(some, S))
-            prompts_RSP = rng.integers(P, size=(some, S, P))
-            draws.append(values_SP[picks_RS[:, :, None], prompts_RSP].mean((1, 2)))
-    half = _t_quantile(_two_sided(level), S - 1) * math.sqrt(S / (S - 1)) * float(np.std(np.concatenate(draws)))
-    mean = float(values_SP.mean())
+    if S < 2 or (same_prompts and P < 2):
+        raise ValueError(f"{S} seeds and {P} prompts do not tell how either varies: 2 or more are needed")
+    mean, seed_S, prompt_P = float(values_SP.mean()), values_SP.mean(1), values_SP.mean(0)
+    if not same_prompts:
+        found = mean_interval(seed_S, level)
+        return Interval(mean, found.low, found.high, S * P)
+    rest_SP = values_SP - seed_S[:, None] - prompt_P + mean
+    freedom = np.array([S - 1, P - 1, (S - 1) * (P - 1)])
+    squares = np.array([P * ((seed_S - mean) ** 2).sum(), S * ((prompt_P - mean) ** 2).sum(), (rest_SP**2).sum()])
+    parts = squares / freedom * np.array([1, 1, -1])
+    if parts[1] + parts[2] < 0:  # prompts vary less than chance makes them: their component is 0
+        parts[1:] = 0
+    df = float(parts.sum() ** 2 / (parts**2 / freedom).sum()) if parts.sum() > 0 else S - 1
+    half = _t_quantile(_two_sided(level), max(1, int(df))) * math.sqrt(float(parts.sum()) / (S * P))
     return Interval(mean, mean - half, mean + half, S * P)
 
 
