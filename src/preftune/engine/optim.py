@@ -1,7 +1,7 @@
 """The optimizer step: float32 arithmetic on float32 masters, whatever the model computes in.
 
 A float32 (or float64) parameter is its own master. A bf16 parameter has a float32 master beside it: every
-micro-batch's bf16 gradient is added to a float32 accumulator and freed, the step runs on the master, and the bf16
+micro-batch's bf16 gradient is added to a float32 sum and freed, the step runs on the master, and the bf16
 compute copy is drawn from it by stochastic rounding (`rounding.py` says why). That copy, not the master rounded to
 nearest, is the trained bf16 model: nearest would throw the small updates away again. It lives in the model's
 parameters, so saving the model saves it.
@@ -60,18 +60,17 @@ class _Weight:
     """What the model computes with."""
     master: Tensor
     """What the step is taken on: `compute` itself, or its float32 master."""
-    accumulator: Tensor | None = None
-    """float32, kept from step to step: touching fresh memory costs more than the sum."""
 
     def collect(self, compute: Tensor) -> None:
-        """Add the bf16 gradient of one micro-batch to the float32 accumulator and free it."""
+        """Add the bf16 gradient of one micro-batch to the float32 sum and free it.
+
+        The sum is not kept from step to step: backward makes it where activations have just been freed.
+        """
         assert compute.grad is not None
         if self.master.grad is not None:
             self.master.grad.add_(compute.grad)
         else:
-            if self.accumulator is None:
-                self.accumulator = torch.empty_like(self.master)
-            self.master.grad = self.accumulator.copy_(compute.grad)
+            self.master.grad = compute.grad.float()
         compute.grad = None
 
 
