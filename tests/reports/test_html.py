@@ -98,7 +98,7 @@ def test_the_page_runs_and_loads_nothing(folder):
     """No script element, no event handler, no address of elsewhere, and a policy that forbids them all."""
     text = render(read(folder))
     assert "<script" not in text.lower()
-    assert "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\"" in text
+    assert "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'" in text
     seen = Page(text)
     assert not [name for name, _ in seen.attributes if name.startswith("on") or name in ("src", "action", "data")]
     assert all(value.startswith("#") for name, value in seen.attributes if name.endswith("href"))
@@ -112,14 +112,15 @@ def test_hostile_text_is_shown_as_text_wherever_it_stands(folder):
     oddities = [{"name": text, "rows": 1, "first": [text], "meaning": text} for text in HOSTILE]
     data = {text: doctor(path=text, format=text, oddities=oddities) for text in HOSTILE}
     write(folder / "dpo", card("dpo", config=every, notes=tuple(HOSTILE), hashes=every, data=data), curve())
-    title = card("".join(HOSTILE), config={**every, "seed": "".join(HOSTILE)}, versions=every, git_commit=HOSTILE[0])
+    named = {"kind": "".join(HOSTILE), "results": {**every, "rows": [{text: text for text in HOSTILE}]}}
+    title = card(named.pop("kind"), config={**every, "seed": "".join(HOSTILE)}, versions=every, **named)
     write(folder, title)
     rows = [answer(text, text, text) for text in HOSTILE]
     rows += [answer((Message(role=text, content=text),), text, text) for text in HOSTILE]
     (folder / "evaluation.jsonl").write_text("".join(to_json(row) + "\n" for row in rows))
     seen = page(folder)
-    assert seen.tags <= harmless.tags
-    assert {name for name, _ in seen.attributes} <= {name for name, _ in harmless.attributes}
+    assert seen.tags <= harmless.tags | {"br", "thead"}  # between turns of a conversation, a table of results
+    assert {name for name, _ in seen.attributes} <= {name for name, _ in harmless.attributes} | {"data-label"}
     assert all(seen.text.count(text) >= 30 for text in HOSTILE)
 
 
@@ -129,7 +130,7 @@ def test_any_answer_is_shown_as_it_is(tmp_path_factory, texts):
     """What a model wrote reaches the page unchanged, as text."""
     root = tmp_path_factory.mktemp("any")
     write(root, card("quickstart"))
-    texts = ["a\u2028b\x85c\x0bd", *texts[1:]]  # what splits lines elsewhere
+    texts = ["a\u2028b\x85c\x0bd", *texts[1:6]]  # what splits lines elsewhere; no more than are drawn at random
     rows = "".join(to_json(answer(after=text)) + "\n" for text in texts)
     (root / "evaluation.jsonl").write_text(rows, encoding="utf-8", newline="")
     shown = page(root).text.replace("\r\n", "\n").replace("\r", "\n")
@@ -152,18 +153,28 @@ def test_headline_numbers_carry_interval_and_source(folder):
     assert "Win rate 81.2 % [75.0 %, 87.0 %]" in text
     assert "KL from the start 5.25 nats [5.00, 5.50]" in text
     assert "Loss 0.500 nats [0.400, 0.600]" in text and "sft/run.json: results.loss" in text
+    exact = [value for name, value in page(folder).attributes if name == "title"]
+    assert "run.json: results.reward_gain = 0.3214" in exact, "to the last digit under the pointer"
 
 
-def test_answers_are_the_first_of_the_file_and_the_largest_losses(folder):
-    """Nothing is picked to please: the first twelve in order, then what lost most, from the worst on."""
-    prompts = re.findall(r"Prompt (-?\d+) was", page(folder).text)
-    assert [int(p) for p in prompts] == [*range(-5, 7), -5, -4, -3, -2]
+def test_answers_are_chosen_by_the_rules_that_are_stated(folder):
+    """Six drawn with the seed, the four largest gains and losses, the four longest; each with its line of the file."""
+    text = " ".join(page(folder).text.split())
+    drawn, best, worst, longest = re.split(r" (?:Best the 4|Worst the 4|Longest the 4) [a-z]+", text)[:4]
+    numbers = [[int(p) for p in re.findall(r"Prompt (-?\d+) was", part)] for part in (drawn, best, worst, longest)]
+    assert len(numbers[0]) == 6 == len(set(numbers[0])) and numbers[0] == sorted(numbers[0])
+    assert numbers[1] == [24, 23, 22, 21] and numbers[2] == [-5, -4, -3, -2]
+    assert all(len(f" after {i}.") == len(" after 10.") for i in numbers[3][:4])
+    assert "6 of 30, drawn with the run's seed (7)" in text and "evaluation.jsonl:30" in best, "24 stands in line 30"
+    write(folder, card("quickstart", config={"seed": 8}))
+    assert re.findall(r"Prompt (-?\d+) was", page(folder).text)[:6] != list(map(str, numbers[0]))
 
 
 def test_stages_stand_in_the_order_in_which_they_ran(folder):
     """SFT before DPO because its first step came first, whatever the folders are called."""
     text = page(folder).text
     assert text.index("Training: sft") < text.index("Training: dpo") < text.index("dpo, train")
+    assert "1,007 rows = 990 used + 8 refused + 0 truncated + 9 duplicate" in text
     assert "1,007" in text and "a note" in text and "no BOS: 3 rows (a.jsonl:4)" in text
 
 
@@ -177,7 +188,8 @@ def test_a_single_stage_folder_has_a_report_too(folder):
 def test_numbers_that_are_not_finite_leave_a_gap_not_a_crash(folder):
     """Metrics hold NaN as text; curves leave them out, and a curve of nothing else is not drawn."""
     write(folder / "dpo", card("dpo"), [*curve(100), *curve(105, loss="nan", accuracy="nan")])
-    assert "accuracy of implicit rewards" not in render(read(folder)).partition("Training: dpo")[2]
+    of_dpo = page(folder).text.partition("Training: dpo")[2]
+    assert "accuracy: chosen above rejected" not in of_dpo and "loss, nats" in of_dpo
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path):
@@ -191,11 +203,52 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path):
 
 
 def test_a_line_that_cannot_be_read_is_named(folder):
-    """File and line of a torn record; answers without rewards are refused."""
+    """File and line of a torn record."""
     with open(folder / "evaluation.jsonl", "a") as file:
         file.write('{"type": "Judgem')
     with pytest.raises(ArtifactError, match=r"evaluation\.jsonl:31: cannot be read"):
         read(folder)
-    (folder / "evaluation.jsonl").write_text(to_json(answer(scores=(None, 0.5))))
-    with pytest.raises(ArtifactError, match="needs judgements whose responses have scores"):
-        read(folder)
+
+
+def test_a_torn_metric_and_an_unreadable_stage_are_gaps_that_the_page_states(folder):
+    """The line that a kill tore is named and left out, a stage without a card too; the others are drawn."""
+    with open(folder / "dpo" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 5, "ti')
+    (folder / "sft" / "run.json").write_text('{"type": "RunCard", "sta')
+    text = page(folder).text
+    assert "dpo/metrics.jsonl: 1 unreadable lines are left out (9)" in text
+    assert re.search(r"left out: \S+sft/run\.json is no run card", text)
+    assert "Training: dpo" in text and "Training: sft" not in text
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [("running", "had not ended"), ("stopped", "--resume"), ("failed", "this run failed: NotFinite: rows a:3")],
+)
+def test_a_run_that_did_not_end_well_says_so_before_any_number(folder, status, said):
+    """Above the results, with the reason."""
+    write(folder / "dpo", card("dpo", status=status, notes=("failed: NotFinite: rows a:3",)), curve())
+    text = page(folder / "dpo").text
+    assert "Read this first" in text and said in text and text.index(said) < text.index("Training: dpo")
+
+
+def test_the_sentence_and_the_time_come_from_the_card(folder):
+    """What was done to what, on how many pairs, when and how long."""
+    config = {"model": "m", "data": "a/b/pairs.jsonl", "loss": "dpo", "beta": 0.1, "seed": 7}
+    times = {"began": 1.8e9, "ended": 1.8e9 + 3723}
+    data = {"train": doctor()}
+    write(folder / "dpo", card("dpo", config=config, times=times, data=data, results={"steps": 31}), curve())
+    text = " ".join(page(folder / "dpo").text.split())
+    assert "m with loss dpo (beta 0.1) on b/pairs.jsonl: 990 pairs, 31 optimizer steps." in text
+    assert "2027-01-15 08:00 UTC, 1 h 2 min" in text
+    empty = page(folder / "sft").text
+    assert "preftune sft" in empty and "UTC" not in empty
+
+
+def test_refused_rows_are_listed_up_to_a_number_that_is_said(folder):
+    """Two hundred of them on the page, the others counted with the file that holds them."""
+    refused = [f"a.jsonl:{i}: chosen: is empty" for i in range(203)]
+    write(folder / "dpo", card("dpo", data={"train": doctor(refusals=refused)}), curve())
+    text = page(folder).text
+    assert "203 rows refused" in text and "a.jsonl:199: chosen" in text and "a.jsonl:200: chosen" not in text
+    assert "3 more in dpo/refused-train.txt" in " ".join(text.split())

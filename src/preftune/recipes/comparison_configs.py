@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo
 from pydantic import model_validator as check
@@ -13,7 +14,7 @@ from pydantic import model_validator as check
 from preftune.data.prompts import PROMPTS
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
-__all__ = ["EvaluateConfig", "named_models"]
+__all__ = ["EvaluateConfig", "ReportConfig", "named_models"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -134,4 +135,34 @@ class EvaluateConfig(Settings):
                 raise refusal(info, key, f"{key} is a matter of judge, and none is given")
         if self.truth is not None and self.reward is None:
             raise refusal(info, "truth", "truth is what reward is held against; give reward too")
+        return self
+
+
+class ReportConfig(Settings):
+    """One page about one or several runs."""
+
+    arguments: ClassVar[tuple[str, str] | None] = ("runs", "RUN")
+
+    runs: tuple[str, ...] = Field(
+        min_length=1, description="folders of runs, or sample files, to show; several in one option with commas"
+    )
+    out: str | None = Field(
+        None,
+        min_length=1,
+        description="HTML file to write; none: report.html in the run's folder, of several runs here",
+    )
+
+    @check(mode="before")
+    @classmethod
+    def _one_or_several(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and isinstance(values.get("runs"), str):
+            return {**values, "runs": tuple(filter(None, map(str.strip, values["runs"].split(","))))}
+        return values
+
+    @check(mode="after")
+    def _runs_are_different(self, info: ValidationInfo) -> Self:
+        if not all(self.runs):
+            raise refusal(info, "runs", "runs holds an empty name; name folders of runs")
+        if twice := [run for run, times in Counter(map(Path, self.runs)).items() if times > 1]:
+            raise refusal(info, "runs", f"{twice[0]} is given twice; name each run once")
         return self

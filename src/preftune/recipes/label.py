@@ -41,6 +41,7 @@ from preftune.recipes.comparing import (
 )
 from preftune.recipes.judging import open_judges, orders_of
 from preftune.recipes.loop_configs import LabelConfig
+from preftune.recipes.report import finish
 from preftune.records import RunCard, to_json
 
 __all__ = ["LabelConfig", "main"]
@@ -84,7 +85,7 @@ def main(cfg: LabelConfig) -> RunCard:
         if scoring and (scored := scored_rows(rows, [verdict.judgement for verdict in scoring])):
             _write(out / "scored.jsonl", map(to_json, scored))
         replace_file(out / "label.json", (json.dumps(jsonable(labels), indent=1) + "\n").encode())
-        card = run.finish({"samples": {"name": cfg.samples, "sha256": digest}, "labels": jsonable(labels)})
+        card = finish(run, {"samples": {"name": cfg.samples, "sha256": digest}, "labels": jsonable(labels)})
     _show(labels, cfg, bool(pairs))
     return card
 

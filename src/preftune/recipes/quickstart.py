@@ -31,8 +31,8 @@ from preftune.models.logprobs import score
 from preftune.recipes import dpo, sft
 from preftune.recipes.common import Batching, open_model
 from preftune.recipes.configs import DpoConfig, QuickstartConfig, SftConfig
+from preftune.recipes.report import finish
 from preftune.records import Judgement, Response, RunCard, to_json
-from preftune.reports.html import write_report
 from preftune.tensors import ResponseLogps, TokenGroup
 from preftune.worlds.reviews import corpus, judge, prompts, vocabulary
 
@@ -108,9 +108,9 @@ def main(cfg: QuickstartConfig) -> RunCard:
         write_lines(out / "evaluation.jsonl", map(to_json, compared))
         results = measure(compared) | {"kl": kl_from_samples(policy, start, batching, compared)}
         look_next = {"why": LOOK_NEXT, "command": COMMAND.format(out=out, size=size)}
-        card = run.finish({name: asdict(number) for name, number in results.items()} | {"look_next": look_next})
+        card = finish(run, {name: asdict(number) for name, number in results.items()} | {"look_next": look_next})
 
-    show(results, compared, write_report(out), look_next)
+    show(results, compared, out / "report.html", look_next)
     return card
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
@@ -58,6 +58,9 @@ class Settings(BaseModel):
 
     The validation context may map keys to the place they came from, which then opens the message.
     """
+
+    arguments: ClassVar[tuple[str, str] | None] = None
+    """(key, its name in the usage line) that takes the arguments without an option's name; most stages take none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 

@@ -1,4 +1,4 @@
-"""A run folder as one HTML file that can be mailed: no script, nothing loaded, every number named with its file.
+"""Run folders as one HTML file that can be mailed: no script, nothing loaded, every number named with its file.
 
 Text of models and data sets is escaped wherever it stands, and the page forbids itself (CSP) to run or load anything.
 The only arithmetic is what a figure needs, means and shares of what it draws; no torch, no model.
@@ -6,72 +6,139 @@ The only arithmetic is what a figure needs, means and shares of what it draws; n
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from preftune.records import Judgement
-from preftune.reports.figures import Curve, Panel, curves, histogram
-from preftune.reports.reading import Result, Row, RunFolder, Stage, finite, read, results
+from preftune.errors import ArtifactError
+from preftune.records import Judgement, Response
+from preftune.reports import comparison, telling
+from preftune.reports.courses import Drawn, courses
+from preftune.reports.meanings import number
+from preftune.reports.plots import Histogram, histogram
+from preftune.reports.reading import RunFolder, Stage, read, tables
 
 __all__ = ["render", "write_report"]
 
-SHOWN = 12  # answers shown side by side, the first ones of the file
-WORST = 4  # and those that lost most
+LISTED = 200  # refused rows on the page; all of them are in the file beside the run card
+COUNTS = ("used", "truncated", "duplicate", "refused")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Meaning:
-    label: str
-    meaning: str
-    unit: str = ""
-    signed: bool = False
-    percent: bool = False
+class _Course:
+    """The stages of one kind."""
+
+    title: str
+    places: tuple[str, ...]
+    drawn: Drawn
+    numbers: tuple[comparison.Headline, ...]
 
 
-MEANINGS = {
-    "reward_gain": _Meaning(label="Reward gain", meaning="after minus before, paired by prompt", signed=True),
-    "reward_before": _Meaning(label="Reward before", meaning="mean true reward of the starting policy's answers"),
-    "reward_after": _Meaning(label="Reward after", meaning="mean true reward of the trained policy's answers"),
-    "win_rate": _Meaning(
-        label="Win rate",
-        meaning="held-out prompts where the answer after has more reward; a tie counts half",
-        percent=True,
-    ),
-    "kl": _Meaning(
-        label="KL from the start",
-        meaning="KL(policy || reference) per answer, from the policy's own answers",
-        unit="nats",
-    ),
-    "length_before": _Meaning(label="Length before", meaning="mean length of the answers", unit="words"),
-    "length_after": _Meaning(label="Length after", meaning="mean length of the answers", unit="words"),
-    "accuracy": _Meaning(
-        label="Accuracy", meaning="held-out pairs whose chosen response has the larger implicit reward", percent=True
-    ),
-    "reward_margin": _Meaning(
-        label="Margin", meaning="implicit reward, chosen minus rejected, held-out pairs", signed=True
-    ),
-    "loss": _Meaning(label="Loss", meaning="on held-out data", unit="nats"),
-}
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """One data set of one stage, as the doctor found it."""
+
+    stage: str
+    role: str
+    report: Mapping[str, Any]
+    source: str
+
+    @property
+    def counted(self) -> bool:
+        return all(isinstance(self.report.get(key), int) for key in ("rows", *COUNTS))
+
+    @property
+    def bar(self) -> list[tuple[str, float, float]]:
+        """(count's name, where its piece begins, its width), in percent of the rows."""
+        rows = max(1, self.report["rows"])
+        pieces, start = [], 0.0
+        for name in COUNTS:
+            width = 100 * self.report[name] / rows
+            pieces.append((name, round(start, 2), round(width, 2)))
+            start += width
+        return pieces
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write `FOLDER/report.html` and return its path. Raises ArtifactError on a folder that holds no run."""
-    path = Path(folder) / "report.html"
-    temporary = path.with_name(".report.html.tmp")
-    temporary.write_text(render(read(Path(folder))), encoding="utf-8")
-    os.replace(temporary, path)
+def write_report(*folders: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of these runs to `out` and return its path.
+
+    Of one run it is `FOLDER/report.html` where `out` is None, with files named from FOLDER; of several `report.html`
+    here, with files named as the runs were given. Raises ArtifactError on a folder that holds no run.
+    """
+    if len(folders) == 1:
+        run = Path(folders[0])
+        runs = [read(run)]
+        path = (
+            Path(out)
+            if out is not None
+            else run.with_name(f"{run.name}.html")
+            if run.is_file()
+            else run / "report.html"
+        )
+    else:
+        runs = [read(Path(folder), str(folder)) for folder in folders]
+        path = Path(out or "report.html")
+    text = render(*runs)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as problem:
+        raise ArtifactError(f"{path}: cannot be written ({problem.strerror}); choose another --out") from problem
     return path
 
 
-def render(run: RunFolder) -> str:
+def render(*runs: RunFolder) -> str:
     """The page: the same bytes for the same records."""
+    names = telling.labels(runs)
+    one = runs[0]
+    top, rest = comparison.headlines(one) if len(runs) == 1 else ([], [])
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            runs=list(zip(names, runs, strict=True)),
+            title=f"preftune {one.card.stage}" if len(runs) == 1 else f"{len(runs)} runs side by side",
+            sentences=[telling.sentence(run.card) for run in runs],
+            times=[telling.when(run.card) for run in runs],
+            gaps=[gap for run in runs for gap in (*run.gaps, *_unended(run))],
+            numbers=top,
+            other_numbers=rest,
+            matrix=comparison.matrix(runs, names) if len(runs) > 1 else None,
+            differences=telling.differences(runs) if len(runs) > 1 else {},
+            frontier=_markup(comparison.frontier(runs, names)),
+            tables=[
+                (name, comparison.grid(table), _markup(comparison.whiskers(table)))
+                for name, run in zip(names, runs, strict=True)
+                for table in tables(run.card, run.card_file)
+            ],
+            verdicts=[
+                (name, *said) for name, run in zip(names, runs, strict=True) for said in comparison.verdicts(run)
+            ],
+            histograms=[figure for run in runs for figure in _histograms(run)] if len(runs) == 1 else [],
+            courses=list(_courses(runs, names)),
+            answers=[
+                (name, list(telling.answer_groups(run))) for name, run in zip(names, runs, strict=True) if run.answers
+            ],
+            data=[
+                one for name, run in zip(names, runs, strict=True) for one in _data(run, name if len(runs) > 1 else "")
+            ],
+            listed=LISTED,
+            ahead=[ahead for run in runs if {"why", "command"} <= set(ahead := run.card.results.get("look_next", ()))],
+            made_by=[made for run in runs for made in _cards(run)],
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -79,120 +146,92 @@ def render(run: RunFolder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "json": lambda value: json.dumps(value, ensure_ascii=False)}
-    lost = [a for a in sorted(run.answers, key=_gain) if _gain(a) < 0]
-    return environment.get_template("report.html").render(
-        card=run.card,
-        numbers=_shown(results(run.card, "run.json").values()),
-        reward_figure=_reward_figure(run.answers),
-        length_figure=_length_figure(run.answers),
-        stages=[(stage, _stage_figures(stage), _shown(_held_out(stage))) for stage in run.stages],
-        answers=run.answers,
-        side_by_side=[("The first held-out prompts, not selected", run.answers[:SHOWN])]
-        + [("The largest losses of reward", lost[:WORST])] * bool(lost),
-        gain=_gain,
-        made_by=[("run.json", run.card), *((s.file("run.json"), s.card) for s in run.stages if s.name)],
-    )
+    environment.filters |= {"number": number, "written": telling.written}
+    return environment
 
 
-def _shown(numbers: Iterable[Result]) -> list[tuple[_Meaning, str, str, str]]:
-    """(meaning, value, interval, source) of the results that have a meaning, in the order of `MEANINGS`."""
-    by_key = {result.key: result for result in numbers}
-    shown = []
-    for key, meaning in MEANINGS.items():
-        if (result := by_key.get(key)) is not None:
-            ends = [] if result.low is None or result.high is None else [result.low, result.high]
-            value, *interval = [_number(v, meaning) for v in (result.value, *ends)]
-            shown.append((meaning, value, f"[{', '.join(interval)}]" if ends else "", result.source))
-    return shown
+def _unended(run: RunFolder) -> Iterator[str]:
+    """What a reader should know before any number."""
+    card = run.card
+    if card.status == "running":
+        yield f"{run.card_file}: this run had not ended when this was written, or was killed; numbers may be missing"
+    elif card.status == "stopped":
+        yield f"{run.card_file}: this run was stopped and can be continued with --resume; these are its numbers so far"
+    elif card.status == "failed":
+        reason = next((note for note in reversed(card.notes) if note.startswith("failed: ")), "failed")
+        yield f"{run.card_file}: this run {reason}"
+    for note in card.notes:
+        if note.startswith("report.html was not written"):
+            yield note
 
 
-def _held_out(stage: Stage) -> Iterable[Result]:
-    return results(stage.card, stage.file("run.json")).values()
-
-
-def _number(value: float, meaning: _Meaning | None = None) -> str:
-    """Three significant digits, thousands with commas, no exponent for everyday sizes."""
-    if meaning is not None and meaning.percent:
-        return f"{100 * value:.1f} %"
-    if isinstance(value, int):
-        text = f"{value:,}"
-    elif value == 0 or not math.isfinite(value) or not 1e-4 <= abs(value) < 1e6:
-        text = f"{value:.3g}"
-    else:
-        text = f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-    return f"+{text}" if meaning is not None and meaning.signed and value > 0 else text
-
-
-def _gain(answer: Judgement) -> float:
-    return (answer.second.score or 0.0) - (answer.first.score or 0.0)
-
-
-def _reward_figure(answers: Sequence[Judgement]) -> Markup | None:
-    if not answers:
-        return None
-    samples = {
-        "before": ("before", [a.first.score or 0.0 for a in answers]),
-        "after": ("after", [a.second.score or 0.0 for a in answers]),
-    }
-    return Markup(histogram("rewards", samples, label="true reward", bins=[i / 20 for i in range(21)]))
-
-
-def _length_figure(answers: Sequence[Judgement]) -> Markup | None:
-    if not answers:
-        return None
-    before = [len(answer.first.text.split()) for answer in answers]
-    after = [len(answer.second.text.split()) for answer in answers]
-    longest = max(*before, *after)
-    width = max(1, -(-longest // 40))
-    bins = [i - 0.5 for i in range(0, longest + width + 1, width)]
-    return Markup(
-        histogram("lengths", {"before": ("before", before), "after": ("after", after)}, label="words", bins=bins)
-    )
-
-
-def _stage_figures(stage: Stage) -> Markup | None:
-    """The curves of a stage: of preferences when there are margins, else of the likelihood alone."""
-    panels = [
-        Panel(title="loss, nats", curves=_both(stage, "loss")),
-        Panel(title="accuracy of implicit rewards", curves=_both(stage, "accuracy"), lines={"chance": 0.5}),
-        Panel(title="margin of implicit rewards", curves=_both(stage, "reward_margin"), lines={"start": 0.0}),
-        Panel(
-            title="log-probability, change from the reference, nats",
-            curves=[
-                *_curve(stage.evaluated or stage.train, "logp_chosen_change", "chosen", "chosen"),
-                *_curve(stage.evaluated or stage.train, "logp_rejected_change", "rejected", "rejected"),
-            ],
-            lines={"start": 0.0},
-        ),
-        Panel(title="fall of the log-probability of all responses, nats", curves=_both(stage, "kl_from_data")),
-        Panel(title="gradient norm before clipping", curves=_both(stage, "grad_norm")),
-    ]
-    panels = [panel for panel in panels if panel.curves]
-    return Markup(curves(f"curves-{stage.name or 'run'}", panels)) if panels else None
-
-
-def _both(stage: Stage, key: str) -> list[Curve]:
-    """Held-out evaluations, and the single steps of training behind them."""
-    held_out = _curve(stage.evaluated, key, "held out", "after")
-    steps = _curve(stage.train, key, "training steps", "before" if held_out else "after", faint=bool(held_out))
-    return [*held_out, *steps]
-
-
-def _curve(rows: Sequence[Row], key: str, label: str, colour: str, *, faint: bool = False) -> list[Curve]:
-    """The course of one metric, with its interval where it has one; none when it was never recorded."""
-    rows = [row for row in rows if finite(row.get(key))]
-    if not rows:
-        return []
-    banded = not faint and all(finite(row.get(f"{key}_{end}")) for row in rows for end in ("low", "high"))
-    low, high = ([row[f"{key}_{end}"] for row in rows] if banded else [] for end in ("low", "high"))
-    return [
-        Curve(
-            label=label,
-            colour=colour,
-            steps=[row["step"] for row in rows],
-            values=[row[key] for row in rows],
-            band=(low, high) if banded else None,
-            faint=faint,
+def _courses(runs: Sequence[RunFolder], names: Sequence[str]) -> Iterator[_Course]:
+    """Stages of one kind together, in the order in which the first of them ran."""
+    kinds: dict[str, list[tuple[str, Stage, RunFolder]]] = {}
+    for name, run in zip(names, runs, strict=True):
+        for stage in run.stages:
+            if stage.train or stage.evaluated:
+                label = "/".join(part for part in (name if len(runs) > 1 else "", stage.name) if part)
+                kinds.setdefault(stage.card.stage, []).append((label or stage.card.stage, stage, run))
+    for kind, found in kinds.items():
+        drawn = courses([(label, stage) for label, stage, _ in found])
+        alone = found[0][1] if len(found) == 1 and found[0][1].name else None
+        of_stage = (
+            RunFolder(card=alone.card, stages=(), answers=(), card_file=alone.file("run.json")) if alone else None
         )
-    ]
+        yield _Course(
+            title=kind,
+            places=tuple(stage.folder for _, stage, _ in found if stage.folder),
+            drawn=drawn,
+            numbers=tuple(comparison.headlines(of_stage)[0]) if of_stage else (),
+        )
+
+
+def _data(run: RunFolder, name: str) -> Iterator[_Data]:
+    for stage in run.stages:
+        for role, report in stage.card.data.items():
+            if isinstance(report, Mapping):
+                label = "/".join(part for part in (name, stage.name) if part) or stage.card.stage
+                source = run.card_file if not stage.name else stage.file("run.json")
+                yield _Data(stage=label, role=role, report=report, source=f"{source}: data.{role}")
+
+
+def _cards(run: RunFolder) -> Iterator[tuple[str, Any]]:
+    yield run.card_file, run.card
+    yield from ((stage.file("run.json"), stage.card) for stage in run.stages if stage.name)
+
+
+def _histograms(run: RunFolder) -> Iterator[Markup]:
+    """Scores and lengths of what was compared, before against after."""
+    said = [answer.record for answer in run.answers if isinstance(answer.record, Judgement)]
+    if not said or run.card.stage != "quickstart":
+        return
+    source = run.answers[0].origin.rpartition(":")[0]
+    sides: dict[str, list[Response]] = {"before": [j.first for j in said], "after": [j.second for j in said]}
+    scores = {name: [r.score for r in side if r.score is not None] for name, side in sides.items()}
+    if all(scores.values()):
+        yield _histogram("reward", scores, 20, False, f"{source}: first.score, second.score")
+    lengths = {name: [len(r.text.split()) for r in side] for name, side in sides.items()}
+    yield _histogram("length, words", lengths, 30, True, f"{source}: words of first.text, second.text")
+
+
+def _histogram(title: str, values: Mapping[str, Sequence[float]], bins: int, whole: bool, source: str) -> Markup:
+    everything = [value for side in values.values() for value in side]
+    low, high = min(everything), max(everything)
+    if whole:
+        width = max(1, -(-(int(high) + 1) // bins))
+        edges = [i - 0.5 for i in range(0, int(high) + width + 1, width)]
+    else:
+        low, high = (
+            (min(low, 0.0), max(high, 1.0)) if low >= 0 and high <= 1 else (low, high if high > low else low + 1)
+        )
+        edges = [low + (high - low) * i / bins for i in range(bins + 1)]
+    samples = [Histogram(label=name, colour=name, values=side) for name, side in values.items()]
+    what = title.partition(",")[0]
+    return Markup(
+        histogram(f"{what} before and after", samples, bins=edges, x_label=f"{title} (answers, %)", source=source)
+    )
+
+
+def _markup(text: str | None) -> Markup | None:
+    return None if text is None else Markup(text)

@@ -1,0 +1,43 @@
+"""One page about runs, as a stage of its own and at the end of every other: `report.html`, see `reports/`.
+
+run folders -> records -> figures -> one HTML file without script      reports/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from preftune.engine.run import Run
+from preftune.recipes.comparison_configs import ReportConfig
+from preftune.records import RunCard
+
+__all__ = ["ReportConfig", "finish", "main"]
+
+
+def main(cfg: ReportConfig) -> str:
+    """Write the page of `cfg.runs`, print its path and return it. Raises ArtifactError on a folder without a run."""
+    from preftune.reports.html import write_report
+
+    path = str(write_report(*cfg.runs, out=cfg.out))
+    print(f"Report: {path}")
+    return path
+
+
+def finish(run: Run, results: Mapping[str, Any]) -> RunCard:
+    """End the run with these results and write `report.html` into its folder; a stopped run writes none.
+
+    What it cannot write becomes a warning in the card: numbers that took hours are not lost for a picture.
+    """
+    card = run.finish(results)
+    if card.status == "done":
+        try:
+            from preftune.reports.html import write_report  # here, for it is needed once and costs an import
+
+            write_report(run.folder)
+        except Exception as problem:
+            run.warn(
+                f"report.html was not written ({type(problem).__name__}: {problem}); "
+                f"preftune report {run.folder} tries again"
+            )
+    return run.card

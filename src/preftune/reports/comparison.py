@@ -1,0 +1,225 @@
+"""Numbers of runs side by side: headlines, tables of models, dots with whiskers, reward against KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preftune.reports.courses import COLOURS
+from preftune.reports.meanings import MEANINGS, meaning_of, number
+from preftune.reports.plots import Curve, Dot, Panel, Point, dots, plot
+from preftune.reports.reading import Result, RunFolder, Table, finite, results, tables
+
+__all__ = ["Cell", "Grid", "Headline", "frontier", "grid", "headlines", "matrix", "verdicts", "whiskers"]
+
+AT_MOST = 8  # numbers on top of a page
+ASIDE = ("steps", "seed")
+COURSE_POINTS = 200
+SCATTERED = 400  # points of one method beyond this many are left to the tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """A number as it is printed, with what it means and where it stands."""
+
+    label: str
+    value: str
+    unit: str
+    interval: str
+    meaning: str
+    source: str
+    exact: str
+    """To the last digit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A cell of a table: text, and the exact number behind it."""
+
+    text: str
+    exact: str = ""
+    numeric: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table as it is printed."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    source: str
+
+
+def headlines(run: RunFolder) -> tuple[list[Headline], list[Headline]]:
+    """(numbers on top, all the others): known ones first, then those with an interval; those of tables are there."""
+    tabled = tuple(f"{table.name}." for table in tables(run.card, ""))
+    found = {key: r for key, r in results(run.card, run.card_file).items() if not key.startswith(tabled)}
+    known = [found[key] for key in MEANINGS if key in found]
+    rest = [result for key, result in found.items() if key not in MEANINGS]
+    with_ends = [result for result in rest if result.ends is not None]
+    top = (known if len(known) >= AT_MOST // 2 else [*known, *with_ends])[:AT_MOST]
+    return [_headline(result) for result in top], [_headline(r) for r in found.values() if r not in top]
+
+
+def matrix(runs: Sequence[RunFolder], names: Sequence[str]) -> Grid | None:
+    """The results of several runs, a row for each number that two of them have, a column for each run."""
+    found = [results(run.card, run.card_file) for run in runs]
+    keys = list(dict.fromkeys([k for k in MEANINGS if any(k in f for f in found)] + [k for f in found for k in f]))
+    told = [key for key in keys if key in MEANINGS or key == "steps" or any(key in f and f[key].ends for f in found)]
+    shared = [key for key in told if sum(key in of for of in found) > 1]
+    rows = []
+    for key in shared[:40]:
+        cells = [_cell(of[key]) if key in of else Cell(text="") for of in found]
+        rows.append((Cell(text=_named(key)), *cells))
+    files = ", ".join(run.card_file for run in runs)
+    if not rows:
+        return None
+    return Grid(title="Results", columns=("result", *names), rows=tuple(rows), source=f"{files}: results")
+
+
+def grid(table: Table) -> Grid:
+    """A list of objects among the results as a table: estimates with their intervals, numbers, texts."""
+    rows = tuple(tuple(_any(row.get(column)) for column in table.columns) for row in table.rows)
+    kept = [i for i, _ in enumerate(table.columns) if any(row[i].text for row in rows)]
+    columns = tuple(table.columns[i].replace("_", " ") for i in kept)
+    title = table.name.replace("_", " ").capitalize()
+    return Grid(
+        title=title, columns=columns, rows=tuple(tuple(row[i] for i in kept) for row in rows), source=table.source
+    )
+
+
+def whiskers(table: Table) -> str | None:
+    """The first estimate with an interval of every row, as dots with whiskers; None for a table without."""
+    column = next((c for c in table.columns if any(_interval(row.get(c)) for row in table.rows)), None)
+    if column is None:
+        return None
+    shown = []
+    for place, row in enumerate(table.rows):
+        result = _interval(row.get(column))
+        if result is not None:
+            label = " against ".join(_texts(row)[:2]) or f"row {place + 1}"
+            source = f"{table.source}[{place}].{column} = {result.value!r}"
+            shown.append(
+                Dot(label=label, value=result.value, ends=result.ends, text=_printed(result, column), source=source)
+            )
+    is_rate = column in ("rate", "win_rate")
+    heading = f"<p><b>{_named(column)}</b></p>"
+    return heading + dots(shown, line=0.5 if is_rate else None, line_label="one half: no difference" if is_rate else "")
+
+
+def frontier(runs: Sequence[RunFolder], names: Sequence[str]) -> str | None:
+    """Reward against KL: a point for every model that has both, the course of every run that records both."""
+    points: list[Point] = []
+    curves: list[Curve] = []
+    sources = []
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        own = f"r{index % COLOURS}"
+        for place, (label, reward, kl) in enumerate(_pairs(run)):
+            colour = own if len(runs) > 1 else f"r{place % COLOURS}"
+            said = f"{name}, {label}" if len(runs) > 1 and label else label or name
+            points.append(
+                Point(label=said, colour=colour, x=kl.value, y=reward.value, x_ends=kl.ends, y_ends=reward.ends)
+            )
+            sources.append(run.card_file)
+        for stage in run.stages:
+            rows = [
+                row for row in stage.evaluated or stage.train if finite(row.get("reward")) and finite(row.get("kl"))
+            ]
+            if len(rows) > 1:
+                rows = rows[:: -(-len(rows) // COURSE_POINTS)]
+                label = f"{name}: its course" if not stage.name else f"{name}, {stage.name}: its course"
+                x, y = ([row[key] for row in rows] for key in ("kl", "reward"))
+                curves.append(Curve(label=label, colour=own, x=x, y=y))
+                sources.append(stage.file("metrics.jsonl"))
+    if len(points) + sum(len(curve.x) for curve in curves) < 2:
+        return None
+    panel = Panel(
+        title="Reward against KL(policy || reference)",
+        curves=curves,
+        points=points[:SCATTERED],
+        x_label="KL per answer, nats",
+        note="Up is better, right is dearer; whiskers are 95 % intervals.",
+        source=f"{', '.join(dict.fromkeys(sources))}: reward, kl",
+    )
+    return plot(panel)
+
+
+def verdicts(run: RunFolder) -> list[tuple[str, str]]:
+    """(key, text) of the sentences among the results."""
+    found = []
+    for key, value in run.card.results.items():
+        lines = value if isinstance(value, list) else [value]
+        found += [(key.replace("_", " "), line) for line in lines if isinstance(line, str) and len(line) > 1]
+    return found
+
+
+def _pairs(run: RunFolder) -> Iterator[tuple[str, Result, Result]]:
+    """(label, reward, KL) of everything in the results that has both."""
+    found = results(run.card, run.card_file)
+    if "kl" in found and (reward := found.get("reward") or found.get("reward_after")):
+        if before := found.get("reward_before"):
+            yield "before", before, Result(key="kl", value=0.0)
+        yield "after" if "reward_after" in found else "", reward, found["kl"]
+    for table in tables(run.card, run.card_file):
+        for row in table.rows:
+            reward, kl = (_interval(row.get(key)) or _bare(row.get(key)) for key in ("reward", "kl"))
+            if reward is not None and kl is not None:
+                yield ", ".join(_texts(row)), reward, kl
+
+
+def _headline(result: Result) -> Headline:
+    meaning = meaning_of(result.key)
+    ends = [number(end, meaning) for end in result.ends or ()]
+    return Headline(
+        label=meaning.label,
+        value=number(result.value, meaning),
+        unit=meaning.unit,
+        interval=f"[{', '.join(ends)}]" if ends else "",
+        meaning=meaning.meaning,
+        source=result.source,
+        exact=f"{result.source} = {result.value!r}",
+    )
+
+
+def _cell(result: Result) -> Cell:
+    return Cell(text=_printed(result, result.key), exact=f"{result.source} = {result.value!r}", numeric=True)
+
+
+def _any(value: Any) -> Cell:
+    """Whatever stands in a row of results."""
+    if result := _interval(value) or _bare(value):
+        return Cell(text=_printed(result, ""), exact=repr(result.value), numeric=True)
+    if isinstance(value, Mapping) or value is None or value == "nan":
+        return Cell(text="")
+    if isinstance(value, list):
+        return Cell(text=", ".join(str(one) for one in value if not isinstance(one, (Mapping, list))))
+    return Cell(text={True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value))
+
+
+def _printed(result: Result, key: str) -> str:
+    meaning = meaning_of(key) if key else None
+    ends = [number(end, meaning) for end in result.ends or ()]
+    return number(result.value, meaning) + (f" [{', '.join(ends)}]" if ends else "")
+
+
+def _named(key: str) -> str:
+    meaning = meaning_of(key)
+    return f"{meaning.label}, {meaning.unit}" if meaning.unit else meaning.label
+
+
+def _interval(value: Any) -> Result | None:
+    if not isinstance(value, Mapping) or not finite(value.get("estimate")):
+        return None
+    low, high = value.get("low"), value.get("high")
+    ends = (low, high) if finite(low) and finite(high) else (None, None)
+    return Result(key="", value=value["estimate"], low=ends[0], high=ends[1])
+
+
+def _bare(value: Any) -> Result | None:
+    return Result(key="", value=value) if finite(value) else None
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    return [value for value in row.values() if isinstance(value, str) and value != "nan"]
