@@ -112,8 +112,10 @@ def test_every_route_refuses_what_is_wrong(bench: Bench) -> None:
 def test_the_same_requests_pass_when_nothing_is_wrong(bench: Bench) -> None:
     """The routes above are refused for what is wrong, not for being asked: unchanged, each one is answered."""
     for method, path in routes(bench.app):
+        bench.session = bench.store.accounts.create_session("me")  # /api/leave ends it
         reply = bench.ask(method, path)
         assert reply.status in (200, 400) or (path in ENTRY and reply.status == 401), (method, path, reply.status)
+    bench.session = bench.store.accounts.create_session("me")
     assert b"which?" in bench.ask("POST", "/api/tasks", b'{"count": 1}').body
 
 
@@ -167,6 +169,21 @@ def test_a_session_begins_with_the_token_only(bench: Bench) -> None:
     found = re.fullmatch(f"{COOKIE}=([\\w-]{{22,}}); HttpOnly; Max-Age=\\d+; Path=/; SameSite=strict", cookie)
     assert reply.status == 200 and found
     assert bench.ask("GET", "/", cookie=f"{COOKIE}={found.group(1)}").status == 200
+
+
+@pytest.mark.parametrize("of_team", [False, True])
+def test_signing_out_ends_the_session_on_the_server(bench: Bench, of_team: bool) -> None:
+    """The cookie is taken back and opens nothing any more, wherever it was copied to; other sessions go on."""
+    if of_team:
+        bench.door = TeamDoor(bench.store.accounts)
+        bench.app = create_app(bench.store, bench.door, POLICY, Site(database="0" * 16))
+    other = bench.store.accounts.create_session("me")
+    assert bench.ask("GET", "/api/history").status == 200
+    reply = bench.ask("POST", "/api/leave")
+    assert reply.status == 200 and re.search(f'^{COOKIE}="";.* Max-Age=0;', str(reply.header("set-cookie")))
+    assert bench.ask("GET", "/api/history").status == 401 and bench.ask("POST", "/api/leave").status == 401
+    bench.session = other
+    assert bench.ask("GET", "/api/history").status == 200
 
 
 def test_an_invitation_opens_once(tmp_path: Path) -> None:

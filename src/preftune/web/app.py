@@ -101,6 +101,7 @@ def create_app(store: Store, door: Door, policy: Policy, site: Site) -> Guard:
         Route("/api/revise", page.revise, methods=["POST"]),
         Route("/api/undo", page.undo, methods=["POST"]),
         Route("/api/history", page.history, methods=["GET"]),
+        Route("/api/leave", page.leave, methods=["POST"]),
     ]
     handlers: dict[Any, Callable[[Request, Exception], Response]] = {
         UnknownTask: _problem(404),
@@ -126,6 +127,7 @@ class _Page:
             annotator=request.state.annotator,
             database=self.site.database,
             guidelines=self.guidelines,
+            team=self.door.takes_names,
         )
 
     async def enter(self, request: Request) -> Response:
@@ -147,6 +149,13 @@ class _Page:
             samesite="strict",
             secure=self.site.secure,
         )
+        return response
+
+    async def leave(self, request: Request) -> Response:
+        """The session ends, here and for whoever else might hold its cookie."""
+        await run_in_threadpool(self.door.leave, request.state.session)
+        response = JSONResponse({})
+        response.delete_cookie(self.policy.cookie, httponly=True, samesite="strict", secure=self.site.secure)
         return response
 
     async def tasks(self, request: Request) -> Response:

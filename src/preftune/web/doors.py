@@ -41,6 +41,9 @@ class Door(Protocol):
     def who(self, session: str) -> str | None:
         """The annotator of a session, or None."""
 
+    def leave(self, session: str) -> None:
+        """End a session."""
+
 
 class LocalDoor:
     """One annotator on this machine: `token` opens, as often as it is asked, until the server ends."""
@@ -61,6 +64,10 @@ class LocalDoor:
         """The annotator, while the session is this annotator's."""
         account = self.accounts.session(session)
         return account.name if account is not None and account.name == self.annotator else None
+
+    def leave(self, session: str) -> None:
+        """From now on this session is nobody's; the link opens another."""
+        self.accounts.revoke(session)
 
 
 class TeamDoor:
@@ -84,3 +91,7 @@ class TeamDoor:
         """The account's name while the session lasts."""
         account = self.accounts.session(session)
         return None if account is None else account.name
+
+    def leave(self, session: str) -> None:
+        """From now on this session is nobody's; name and password open another."""
+        self.accounts.revoke(session)

@@ -540,9 +540,16 @@ function turnGuidelines(open) {
   if (open === undefined && !panel.hidden) panel.focus();
 }
 
+// Labels on their way stay in this browser under the annotator's name, and are sent when the same one is back.
+async function leave() {
+  try { await ask("POST", "/api/leave", {}); } catch (problem) { if (problem.status !== 401) return say(problem.message); }
+  location.assign("/enter");
+}
+
 const TOOLS = {
   undo, history: openHistory, diff: setDiff, raw: setRaw, guidelines: () => turnGuidelines(), theme: turnTheme,
   help: () => $("#help").showModal(),
+  leave,
   refresh: () => { showEmpty("Loading", ""); outbox.flush(); refill(); },
 };
 
