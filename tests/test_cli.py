@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 REFUSED_ARGUMENTS = [
-    (["dppo"], "unknown stage dppo; did you mean dpo?"),
+    (["dpoo"], "unknown stage dpoo; did you mean dpo?"),
     (["train"], f"unknown stage train; stages: {', '.join([*CONFIGS, 'env'])}"),
     (["dpo", "--learning-rate", "1"], "unknown option --learning_rate; did you mean lr?"),
     (["dpo", "--bta=1"], "unknown option --bta=1; did you mean beta?"),
