@@ -45,6 +45,7 @@ ONLY_IN = {
     "nh3": ("web/*",),
     "httpx": ("models/remote.py",),
     "matplotlib": ("reports/*",),
+    "lm_eval": ("recipes/harness.py",),
     "pydantic": ("recipes/*configs.py", "recipes/sections.py", "recipes/settings.py", "web/*"),
     "yaml": ("cli.py",),
     **dict.fromkeys(("trl", "accelerate", "pickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"), ()),

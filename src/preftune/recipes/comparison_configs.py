@@ -87,7 +87,10 @@ class EvaluateConfig(Settings):
         None, min_length=1, description="held-out preference data: calibration of reward, implicit rewards, drift"
     )
     lm_eval: str | None = Field(
-        None, min_length=1, description="tasks of lm-evaluation-harness, with commas; needs the extra preftune[eval]"
+        None,
+        min_length=1,
+        description="tasks of lm-evaluation-harness with commas, and folders of tasks of one's own; "
+        "needs the extra preftune[eval]",
     )
     batch_size: int = Field(64, ge=1, description="responses sampled at once; moves nothing but the last digits")
     tokens_per_batch: int = Field(8192, ge=2, description="tokens scored at once; bounds memory, tokens")

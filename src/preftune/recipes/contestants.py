@@ -31,7 +31,7 @@ from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.records import Prompt, SampledResponses, from_json, to_json
 from preftune.tensors import PackedBatch, TokenGroup
 
-__all__ = ["Answers", "Contestant", "ask", "open_contestant", "read_prompts"]
+__all__ = ["Answers", "Contestant", "ask", "machine", "model_folder", "open_contestant", "read_prompts"]
 
 SAMPLES, TOKENS = '{"type": "SampledResponses"', '{"prompt":'
 
@@ -86,13 +86,23 @@ def read_prompts(cfg: EvaluateConfig, run: Run) -> list[tuple[Prompt, str]]:
     return prompts
 
 
-def open_contestant(name: str, folder: str, cfg: EvaluateConfig, run: Run) -> Contestant:
-    """The model of a run or of a model folder, on the configured device and dtype. Raises ArtifactError."""
-    inside = Path(folder) / "model"
-    where = inside if (inside / "config.json").exists() else folder
+def model_folder(name: str) -> str:
+    """That of a run, `RUN/model`; any other name stays as it is."""
+    inside = Path(name) / "model"
+    return str(inside) if (inside / "config.json").exists() else name
+
+
+def machine(cfg: EvaluateConfig) -> tuple[torch.device, torch.dtype]:
+    """Where models compute and in which dtype."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
     automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
+    return device, {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
+
+
+def open_contestant(name: str, folder: str, cfg: EvaluateConfig, run: Run) -> Contestant:
+    """The model of a run or of a model folder, on the configured device and dtype. Raises ArtifactError."""
+    where = model_folder(folder)
+    device, dtype = machine(cfg)
     if device.type == "cpu":
         keep_freed_memory()
     loaded = load(where, dtype=dtype, device=device)

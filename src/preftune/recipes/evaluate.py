@@ -23,9 +23,10 @@ from preftune.engine.files import replace_file
 from preftune.engine.run import Run
 from preftune.judges.scores import Scorer
 from preftune.recipes.comparison_configs import EvaluateConfig
-from preftune.recipes.contestants import Answers, ask, open_contestant, read_prompts
+from preftune.recipes.contestants import Answers, ask, machine, model_folder, open_contestant, read_prompts
 from preftune.recipes.diagnosing import Pair, calibration, findings, implicit, pair_ratios, read_pairs
 from preftune.recipes.evaluation_table import show
+from preftune.recipes.harness import harness, run_tasks
 from preftune.recipes.matching import compared
 from preftune.recipes.measuring import Measured, best_of, comparable, measure, scored, summary
 from preftune.recipes.scoring import open_scorer
@@ -40,6 +41,8 @@ def main(cfg: EvaluateConfig) -> RunCard:
     """Ask, measure and compare; results are in `cfg.out`/run.json and printed. Raises what its parts raise."""
     with Run.open(cfg.out, stage="evaluate", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
         scorers = {name: _scorer(getattr(cfg, name), cfg) for name in ("reward", "truth")}
+        if cfg.lm_eval is not None:
+            harness()
         prompts = read_prompts(cfg, run)
         pairs = read_pairs(cfg.pairs, run) if cfg.pairs else []
         field = _with_scores(_measured(cfg, prompts, pairs, run), scorers)
@@ -62,6 +65,8 @@ def main(cfg: EvaluateConfig) -> RunCard:
         if pairs:
             results["calibration"] = calibration(pairs, scorers, run)
         results["findings"] = findings(field, pairs, results, cfg)
+        if cfg.lm_eval is not None:
+            results["lm_eval"] = _benchmarks(cfg, run)
         card = run.finish(jsonable(results))
     show(card, cfg)
     return card
@@ -114,6 +119,22 @@ def _with_scores(field: Sequence[Measured], scorers: dict[str, Scorer | None]) -
         rewards, truths = (values[name] for name in ("reward", "truth"))
         found.append(scored(one, rewards and rewards[part], truths and truths[part]))
         start = part.stop
+    return found
+
+
+def _benchmarks(cfg: EvaluateConfig, run: Run) -> dict[str, Any]:
+    """Per model, what lm-evaluation-harness says."""
+    assert cfg.lm_eval is not None
+    where = {name: model_folder(folder) for name, folder in cfg.contestants().items()}
+    device, dtype = machine(cfg)
+    found = {}
+    with run.working("models on benchmarks", len(where)) as advance:
+        for name, folder in where.items():
+            found[name] = run_tasks(
+                folder, cfg.lm_eval, dtype=str(dtype).removeprefix("torch."), device=str(device),
+                batch_size=cfg.batch_size, seed=cfg.seed,
+            )  # fmt: skip
+            advance(1)
     return found
 
 

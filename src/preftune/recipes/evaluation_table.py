@@ -78,6 +78,11 @@ def show(card: RunCard, cfg: EvaluateConfig) -> None:
             f"{finding['name']} ({finding['model']}): {finding['verdict']}. {finding['sentence']}", soft_wrap=True
         )
 
+    for name, tasks in results.get("lm_eval", {}).items():
+        for task, metrics in tasks.items():
+            told = ", ".join(f"{metric} {interval(number)}" for metric, number in metrics.items())
+            console.print(f"{name} on {task}: {told}", soft_wrap=True)
+
 
 def _show_board(console: Console, board: Mapping[str, Any]) -> None:
     table = Table("model", "rating", "rank", "won", "verdicts", title=f"Bradley-Terry ratings, {board['anchor']} fixed")
