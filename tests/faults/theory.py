@@ -157,22 +157,22 @@ FAULTS = [
     Fault(
         "interval of a share: the normal one, which leaves [0, 1]",
         _STATS,
-        "half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / shrink",
-        "half = z * math.sqrt(share * (1 - share) / n)",
+        "half = z * math.sqrt(share * (1 - share) / n_eff + z**2 / (4 * n_eff**2)) / shrink",
+        "half = z * math.sqrt(share * (1 - share) / n_eff)",
         "tests/equations/test_stats.py -k score_test",
     ),
     Fault(
         "interval of a mean: normal quantile for few values",
         _STATS,
-        "half = _t_quantile(quantile, n - 1) *",
-        "half = NormalDist().inv_cdf(quantile) *",
+        "half = _t_quantile(quantile, groups - 1) * _standard_error",
+        "half = NORMAL.inv_cdf(quantile) * _standard_error",
         "tests/equations/test_stats.py -k tabulated",
     ),
     Fault(
         "bootstrap: answers to one prompt are taken for independent",
         _STATS,
-        "labels = range(len(difference_n)) if clusters is None else clusters",
-        "labels = range(len(difference_n))",
+        "owner_N, groups = owners(len(difference_N), clusters)",
+        "owner_N, groups = owners(len(difference_N), None)",
         "tests/equations/test_stats.py -k clusters",
     ),
     Fault(
