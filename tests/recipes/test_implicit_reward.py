@@ -103,6 +103,15 @@ def test_the_reference_of_the_run_is_found_and_checked(
     assert implicit_reward(other, str(start))(ASKED) == pytest.approx(expected, abs=1e-5)
 
 
+def test_rounds_of_an_online_run_are_measured_from_its_start(start: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """The reference of an online run that keeps it fixed is where the run began, not what its last round began with."""
+    given = {"online": True, "prompts": str(pairs_file), "judge": "rule:length", "rounds": 2, "n": 8, "max_tokens": 60}
+    run = trained(start, pairs_file, tmp_path / "run", max_steps=1, max_length=256, allow_refused=99, **given)
+    expected = (0.1 * (logps(run / "model") - logps(start))).tolist()
+    assert implicit_reward(run)(ASKED) == pytest.approx(expected, abs=1e-5)
+    assert max(map(abs, expected)) > 1e-3
+
+
 def test_a_reference_is_recognised_in_the_type_the_run_had(start: Path, pairs_file: Path, tmp_path: Path) -> None:
     """A run in bfloat16 names the weights as rounded to it; they are found again, and scored in float32."""
     run = trained(start, pairs_file, tmp_path / "run", dtype="bfloat16", max_steps=2)
@@ -152,6 +161,13 @@ def test_what_has_no_implicit_reward_is_refused(run: Path, start: Path, pairs_fi
     with pytest.raises(ConfigError, match=r"the reference of .*moved moved while it trained.* name the reference"):
         implicit_reward(moved)
     assert len(implicit_reward(moved, str(start))(ASKED)) == len(ASKED)
+    card = json.loads((run / "run.json").read_text())
+    rounds = {"online": True, "prompts": "p", "data": "p", "judge": "rule:length", "max_tokens": 9}
+    card["config"] |= {**rounds, "online_reference": "moving"}
+    rewritten = Path(shutil.copytree(run, tmp_path / "rounds"))
+    (rewritten / "run.json").write_text(json.dumps(card))
+    with pytest.raises(ConfigError, match=r"the reference of .*rounds moved while it trained"):
+        implicit_reward(rewritten)
     with pytest.raises(ConfigError, match=r"answer 1 is \d+ tokens long, the policy has 512 positions"):
         implicit_reward(run)([("the cat", Response(text=" sat" * 600))])
 

@@ -102,9 +102,11 @@ def _opened(run: str | Path) -> tuple[RunCard, DpoConfig]:
 def _own_reference(run: str | Path, card: RunCard, cfg: DpoConfig, policy: LoadedModel) -> LoadedModel:
     """The reference by the name in the card, if it holds the weights in the card."""
     named = f"name the reference: policy:{run},REFERENCE"
-    if cfg.reference_moves() or card.config.get("online_reference") == "moving":
+    if cfg.reference_moves() or cfg.online_reference == "moving":
         raise ConfigError(f"the reference of {run} moved while it trained, so no one model is it; {named}")
-    name, expected = cfg.reference or cfg.model, card.hashes.get("reference_weights", card.hashes.get("model_weights"))
+    name, known = cfg.reference or cfg.model, card.hashes
+    of_run = ("start", "round-1") if cfg.online else ("reference", "model")  # the first the run had a hash for
+    expected = next((known[f"{role}_weights"] for role in of_run if f"{role}_weights" in known), None)
     tried: list[LoadedModel] = []
     for dtype in dict.fromkeys((policy.model.dtype, torch.float32, torch.bfloat16)):  # the card's hash is of one dtype
         try:
