@@ -146,9 +146,10 @@ def test_a_reward_model_scores_and_starts_the_critic(
     assert "critic_weights" in card.hashes and any(f"critic: a copy of {tmp_path / 'rm'}" in n for n in card.notes)
     assert any("mean 0, deviation 1 on 12" in note for note in card.notes), "all that have a score"
     (step,) = rows(tmp_path / "run")
-    assert abs(step["reward"]) < 0.3 and abs(step["score_std"] - 1) < 0.2, "the policy is still the reference"
+    assert abs(step["reward"]) < 0.2 and abs(step["score_std"] - 1) < 0.1, "the policy is still the reference"
     ppo.main(config(tiny_model_folder, asked[0], tmp_path / "raw", **settings))
-    assert abs(rows(tmp_path / "raw")[0]["score_std"] - 1) > 0.3, "or standardising was not tried"
+    (raw,) = rows(tmp_path / "raw")
+    assert abs(raw["reward"]) > 0.3 and abs(raw["score_std"] - 1) > 0.2, "or standardising was not tried"
 
     (tmp_path / "letters.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "cd"}\n')
     letters = config(model_folder(tmp_path / "world"), tmp_path / "letters.jsonl", tmp_path / "other", **settings)
