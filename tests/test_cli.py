@@ -145,6 +145,44 @@ def test_what_is_not_understood_exits_2_in_one_line(
     assert capsys.readouterr() == ("", f"preftune: {message}\n")
 
 
+def test_a_stage_may_take_arguments_without_a_name(tmp_path: Path) -> None:
+    """`preftune report RUN RUN`, before or after options, equals `--runs RUN,RUN` and the key of a YAML file."""
+    path = tmp_path / "report.yaml"
+    path.write_text("runs: a, b/c\nout: r.html\n", encoding="utf-8")
+    spellings = [
+        ["a", "b/c", "--out", "r.html"],
+        ["--out=r.html", "a", "b/c"],
+        ["a", "--out", "r.html", "b/c"],
+        ["--runs", "a,b/c", "--out", "r.html"],
+        ["--config", str(path)],
+    ]
+    for arguments in spellings:
+        stage, config = parse(["report", *arguments])
+        assert (stage, config.model_dump()) == ("report", {"runs": ("a", "b/c"), "out": "r.html"})
+    assert parse(["report", "a,b", "c d"])[1].model_dump()["runs"] == ("a,b", "c d"), "a name is taken as it is"
+    assert parse(["report", "x", "--config", str(path)])[1].model_dump()["runs"] == ("x",), (
+        "arguments win over the file"
+    )
+
+
+REFUSED_REPORTS = [
+    ([], "missing runs: give --runs VALUE, or the key in the YAML file"),
+    (["a", "--runs", "b"], "runs is given twice, as --runs and as a; name each RUN once"),
+    (["a", "b/../b", "b/../b"], "b/../b is given twice; name each run once"),
+    (["a", "--outt", "x"], "unknown option --outt; did you mean out?"),
+    (["--runs", ","], "runs holds no name, or an empty one; name folders of runs"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_REPORTS, ids=lambda v: "-".join(v)[:30])
+def test_arguments_that_are_not_understood_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None, twice, or beside an option that does not exist."""
+    assert main(["report", *arguments]) == 2
+    assert capsys.readouterr() == ("", f"preftune: {message}\n")
+
+
 def test_an_option_may_not_be_abbreviated() -> None:
     """`--max` could become ambiguous with the next option; it is refused today."""
     with pytest.raises(ConfigError, match="unknown option --eval_dat; did you mean eval_data"):

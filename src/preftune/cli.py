@@ -98,11 +98,11 @@ def parse(argv: Sequence[str]) -> tuple[str, Settings]:
     parser = _parser(stage, config)
     found, unknown = parser.parse_known_args([_underscored(argument) for argument in argv[1:]])
     flags: dict[str, Any] = vars(found)
-    if config.arguments and unknown and not any(argument.startswith("-") for argument in unknown):
+    if config.arguments and (bare := tuple(argument for argument in unknown if not argument.startswith("-"))):
         key, shown = config.arguments
         if key in flags:
-            raise ConfigError(f"{key} is given twice, as --{key} and as {' '.join(unknown)}; name each {shown} once")
-        flags[key], unknown = tuple(unknown), []
+            raise ConfigError(f"{key} is given twice, as --{key} and as {' '.join(bare)}; name each {shown} once")
+        flags[key], unknown = bare, [argument for argument in unknown if argument not in bare]
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
         switch = name.removeprefix("no_")

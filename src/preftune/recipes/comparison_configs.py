@@ -147,7 +147,7 @@ class ReportConfig(Settings):
     arguments: ClassVar[tuple[str, str] | None] = ("runs", "RUN")
 
     runs: tuple[str, ...] = Field(
-        min_length=1, description="folders of runs, or sample files, to show; several in one option with commas"
+        description="folders of runs, or sample files, to show; several in one option with commas"
     )
     out: str | None = Field(
         None,
@@ -164,8 +164,8 @@ class ReportConfig(Settings):
 
     @check(mode="after")
     def _runs_are_different(self, info: ValidationInfo) -> Self:
-        if not all(self.runs):
-            raise refusal(info, "runs", "runs holds an empty name; name folders of runs")
+        if not self.runs or not all(self.runs):
+            raise refusal(info, "runs", "runs holds no name, or an empty one; name folders of runs")
         if twice := [run for run, times in Counter(map(Path, self.runs)).items() if times > 1]:
             raise refusal(info, "runs", f"{twice[0]} is given twice; name each run once")
         return self

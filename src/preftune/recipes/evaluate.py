@@ -29,6 +29,7 @@ from preftune.recipes.evaluation_table import show
 from preftune.recipes.harness import harness, run_tasks
 from preftune.recipes.matching import compared
 from preftune.recipes.measuring import Measured, best_of, comparable, measure, scored, summary
+from preftune.recipes.report import finish
 from preftune.recipes.scoring import open_scorer
 from preftune.records import Prompt, Response, RunCard, to_json
 
@@ -67,7 +68,7 @@ def main(cfg: EvaluateConfig) -> RunCard:
         results["findings"] = findings(field, pairs, results, cfg)
         if cfg.lm_eval is not None:
             results["lm_eval"] = _benchmarks(cfg, run)
-        card = run.finish(jsonable(results))
+        card = finish(run, jsonable(results))
     show(card, cfg)
     return card
 

@@ -34,6 +34,7 @@ from preftune.recipes.configs import DpoConfig
 from preftune.recipes.loop_configs import Online
 from preftune.recipes.model_card import model_card
 from preftune.recipes.online_round import examine
+from preftune.recipes.report import finish
 from preftune.records import Prompt, Refusal, RunCard
 
 __all__ = ["run_rounds"]
@@ -166,4 +167,4 @@ def _finish(cfg: DpoConfig, policy: str, seen: Numbers, course: Sequence[Numbers
     method = f"Online DPO, loss `{cfg.loss}`, {len(learnt)} rounds judged by `{cfg.judge}`."
     card = model_card(run.card, base_model=cfg.model, method=method)
     save(loaded.model, loaded.tokenizer, run.folder / "model", state=None, card=card)
-    return run.finish({"course": list(course)})
+    return finish(run, {"course": list(course)})

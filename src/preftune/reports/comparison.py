@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,12 @@ from preftune.reports.meanings import MEANINGS, meaning_of, number
 from preftune.reports.plots import Curve, Dot, Panel, Point, dots, plot
 from preftune.reports.reading import Result, RunFolder, Table, finite, results, tables
 
-__all__ = ["Cell", "Grid", "Headline", "frontier", "grid", "headlines", "matrix", "verdicts", "whiskers"]
+__all__ = ["Cell", "Grid", "Headline", "frontier", "grid", "headlines", "is_told", "matrix", "verdicts", "whiskers"]
 
 AT_MOST = 8  # numbers on top of a page
 ASIDE = ("steps", "seed")
+TURNED = 6  # rows that fit beside each other as columns
+TELLING = ("rate", "win_rate", "reward", "kl", "rating")
 COURSE_POINTS = 200
 SCATTERED = 400  # points of one method beyond this many are left to the tables
 
@@ -57,7 +60,7 @@ def headlines(run: RunFolder) -> tuple[list[Headline], list[Headline]]:
     tabled = tuple(f"{table.name}." for table in tables(run.card, ""))
     found = {key: r for key, r in results(run.card, run.card_file).items() if not key.startswith(tabled)}
     known = [found[key] for key in MEANINGS if key in found]
-    rest = [result for key, result in found.items() if key not in MEANINGS]
+    rest = [result for key, result in found.items() if key not in MEANINGS and "." not in key]
     with_ends = [result for result in rest if result.ends is not None]
     top = (known if len(known) >= AT_MOST // 2 else [*known, *with_ends])[:AT_MOST]
     return [_headline(result) for result in top], [_headline(r) for r in found.values() if r not in top]
@@ -71,7 +74,7 @@ def matrix(runs: Sequence[RunFolder], names: Sequence[str]) -> Grid | None:
     shared = [key for key in told if sum(key in of for of in found) > 1]
     rows = []
     for key in shared[:40]:
-        cells = [_cell(of[key]) if key in of else Cell(text="") for of in found]
+        cells = [_cell(of[key]) if key in of else Cell(text="", numeric=True) for of in found]
         rows.append((Cell(text=_named(key)), *cells))
     files = ", ".join(run.card_file for run in runs)
     if not rows:
@@ -80,33 +83,43 @@ def matrix(runs: Sequence[RunFolder], names: Sequence[str]) -> Grid | None:
 
 
 def grid(table: Table) -> Grid:
-    """A list of objects among the results as a table: estimates with their intervals, numbers, texts."""
-    rows = tuple(tuple(_any(row.get(column)) for column in table.columns) for row in table.rows)
-    kept = [i for i, _ in enumerate(table.columns) if any(row[i].text for row in rows)]
-    columns = tuple(table.columns[i].replace("_", " ") for i in kept)
-    title = table.name.replace("_", " ").capitalize()
-    return Grid(
-        title=title, columns=columns, rows=tuple(tuple(row[i] for i in kept) for row in rows), source=table.source
-    )
+    """A table of the results as it is printed; few rows of many columns are turned, a phone is narrow."""
+    cells = {column: tuple(_any(row.get(column), column) for row in table.rows) for column in table.columns}
+    kept = {column: row for column, row in cells.items() if any(cell.text for cell in row)}
+    heads = {column: _named(column) for column in kept}
+    title = table.name.replace("_", " ").replace(".", ", ").capitalize()
+    if len(table.rows) <= TURNED < len(kept):
+        names = tuple(_called(row, place) for place, row in enumerate(table.rows))
+        rest = {column: row for column, row in kept.items() if any(cell.numeric for cell in row)}
+        turned = tuple((Cell(text=heads[column]), *row) for column, row in rest.items())
+        return Grid(title=title, columns=("", *names), rows=turned, source=table.source)
+    rows = tuple(zip(*kept.values(), strict=True))
+    return Grid(title=title, columns=tuple(heads.values()), rows=rows, source=table.source)
 
 
 def whiskers(table: Table) -> str | None:
-    """The first estimate with an interval of every row, as dots with whiskers; None for a table without."""
-    column = next((c for c in table.columns if any(_interval(row.get(c)) for row in table.rows)), None)
-    if column is None:
-        return None
-    shown = []
-    for place, row in enumerate(table.rows):
-        result = _interval(row.get(column))
-        if result is not None:
-            label = " against ".join(_texts(row)[:2]) or f"row {place + 1}"
-            source = f"{table.source}[{place}].{column} = {result.value!r}"
-            shown.append(
-                Dot(label=label, value=result.value, ends=result.ends, text=_printed(result, column), source=source)
+    """The telling estimates of every row as dots with whiskers; None for a table without an interval."""
+    columns = [c for c in table.columns if sum(_ends(row.get(c)) is not None for row in table.rows) > 0]
+    shown = [c for c in TELLING if c in columns] or columns[:1]
+    figures = []
+    for column in shown:
+        found = [(place, row, _interval(row.get(column))) for place, row in enumerate(table.rows)]
+        rows = [
+            Dot(
+                label=_called(row, place),
+                value=result.value,
+                ends=result.ends,
+                text=_printed(result, column),
+                source=f"{table.source}[{place}].{column} = {result.value!r}",
             )
-    is_rate = column in ("rate", "win_rate")
-    heading = f"<p><b>{_named(column)}</b></p>"
-    return heading + dots(shown, line=0.5 if is_rate else None, line_label="one half: no difference" if is_rate else "")
+            for place, row, result in found
+            if result is not None
+        ]
+        if len(rows) < 2:
+            continue
+        line, label = (0.5, "one half: no difference") if column in ("rate", "win_rate") else (None, "")
+        figures.append(f"<p><b>{html.escape(_named(column))}</b></p>{dots(rows, line=line, line_label=label)}")
+    return "".join(figures) or None
 
 
 def frontier(runs: Sequence[RunFolder], names: Sequence[str]) -> str | None:
@@ -146,13 +159,27 @@ def frontier(runs: Sequence[RunFolder], names: Sequence[str]) -> str | None:
     return plot(panel)
 
 
-def verdicts(run: RunFolder) -> list[tuple[str, str]]:
-    """(key, text) of the sentences among the results."""
+def verdicts(run: RunFolder) -> list[tuple[str, str, str]]:
+    """(about what, verdict or nothing, sentence) of the sentences among the results."""
     found = []
     for key, value in run.card.results.items():
-        lines = value if isinstance(value, list) else [value]
-        found += [(key.replace("_", " "), line) for line in lines if isinstance(line, str) and len(line) > 1]
+        for line in dict.fromkeys(value if _are_texts(value) else [value] if isinstance(value, str) else []):
+            if " " in line:
+                found.append((key.replace("_", " "), "", line))
+    for table in tables(run.card, ""):
+        for row in table.rows if is_told(table) else ():
+            about = ", ".join(str(row[key]) for key in ("name", "model", "study", "claim") if row.get(key))
+            found.append((about.replace("_", " "), str(row.get("verdict") or ""), str(row["sentence"])))
     return found
+
+
+def is_told(table: Table) -> bool:
+    """Is it a list of findings in words rather than of numbers?"""
+    return "sentence" in table.columns
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(line, str) for line in value)
 
 
 def _pairs(run: RunFolder) -> Iterator[tuple[str, Result, Result]]:
@@ -187,15 +214,15 @@ def _cell(result: Result) -> Cell:
     return Cell(text=_printed(result, result.key), exact=f"{result.source} = {result.value!r}", numeric=True)
 
 
-def _any(value: Any) -> Cell:
+def _any(value: Any, column: str) -> Cell:
     """Whatever stands in a row of results."""
     if result := _interval(value) or _bare(value):
-        return Cell(text=_printed(result, ""), exact=repr(result.value), numeric=True)
+        return Cell(text=_printed(result, column), exact=repr(result.value), numeric=True)
     if isinstance(value, Mapping) or value is None or value == "nan":
         return Cell(text="")
     if isinstance(value, list):
         return Cell(text=", ".join(str(one) for one in value if not isinstance(one, (Mapping, list))))
-    return Cell(text={True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value))
+    return Cell(text=("yes" if value else "no") if isinstance(value, bool) else str(value))
 
 
 def _printed(result: Result, key: str) -> str:
@@ -219,6 +246,19 @@ def _interval(value: Any) -> Result | None:
 
 def _bare(value: Any) -> Result | None:
     return Result(key="", value=value) if finite(value) else None
+
+
+def _ends(value: Any) -> tuple[float, float] | None:
+    result = _interval(value)
+    return None if result is None else result.ends
+
+
+def _called(row: Mapping[str, Any], place: int) -> str:
+    """What a row is about: its texts, else its first number, else its place."""
+    if texts := _texts(row):
+        return " against ".join(texts[:2]) if "other" in row else texts[0]
+    first = next(((key, value) for key, value in row.items() if finite(value)), ("row", place + 1))
+    return f"{first[0]} {first[1]:g}"
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:

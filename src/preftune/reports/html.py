@@ -118,6 +118,7 @@ def render(*runs: RunFolder) -> str:
                 (name, comparison.grid(table), _markup(comparison.whiskers(table)))
                 for name, run in zip(names, runs, strict=True)
                 for table in tables(run.card, run.card_file)
+                if not comparison.is_told(table)
             ],
             verdicts=[
                 (name, *said) for name, run in zip(names, runs, strict=True) for said in comparison.verdicts(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -56,6 +57,20 @@ MEANINGS: Mapping[str, Meaning] = {
     "finished": Meaning(label="Finished", meaning="answers that ended by themselves", percent=True),
 }
 """Key of a result -> what it means; those known come first, in this order."""
+
+
+SHARES = (
+    "bootstrap",
+    "confidence",
+    "implicit_accuracy",
+    "loop",
+    "raw",
+    "repeated",
+    "when_first",
+    "when_second",
+    "wilson",
+)
+"""Shares without a meaning of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +135,9 @@ def meaning_of(key: str) -> Meaning:
     known = MEANINGS.get(key.rpartition(".")[2])
     above = key.rpartition(".")[0]
     if known is None:
-        label = key.replace("_", " ").replace(".", ", ")
-        return Meaning(label=label[:1].upper() + label[1:], percent=key.startswith("accuracy"))
+        label = re.sub(r"\b(kl|ece)\b", lambda found: found[0].upper(), key.replace("_", " ").replace(".", ", "))
+        share = key in SHARES or key.startswith("accuracy")
+        return Meaning(label=label[:1].upper() + label[1:], percent=share)
     return known if not above else Meaning(**{**vars(known), "label": f"{above.replace('.', ', ')}: {known.label}"})
 
 

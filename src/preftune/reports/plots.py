@@ -158,6 +158,7 @@ class _Axes:
 
     def __init__(self, xs: Numbers, ys: Numbers, *, pad: bool = True, points: bool = False) -> None:
         self._x = _room(min(xs), max(xs), 0.03 if points else 0.0)
+        self._whole = all(isinstance(x, int) for x in xs)
         self._y = _room(min(ys), max(ys), 0.05)
         if not pad:
             self._y = (0.0, self._y[1])
@@ -176,7 +177,7 @@ class _Axes:
             across, down = self.at(self._x[0], value).split()
             parts.append(f'<path d="M{across} {down}H{WIDTH - RIGHT:g}"/>')
             parts.append(f'<text x="{float(across) - 6:.1f}" y="{float(down) + 4:.1f}" text-anchor="end">{text}</text>')
-        for value, text in _ticks(*self._x):
+        for value, text in _ticks(*self._x, whole=self._whole):
             across, down = self.at(value, self._y[0]).split()
             parts.append(f'<path d="M{across} {down}V{TOP:g}"/>')
             parts.append(f'<text x="{across}" y="{float(down) + 16:.1f}" text-anchor="middle">{text}</text>')
@@ -221,11 +222,12 @@ def _room(low: float, high: float, share: float) -> Span:
     return low - share * (high - low), high + share * (high - low)
 
 
-def _ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Round values between the ends, about five, all with the decimals that the step needs."""
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[tuple[float, str]]:
+    """Round values between the ends, about five, all with the decimals that the step needs; or whole ones."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    step = max(1.0, math.ceil(step)) if whole else step
     values = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     decimals = next((d for d in range(4) if math.isclose(round(step, d), step)), None)
     largest = max(abs(low), abs(high))

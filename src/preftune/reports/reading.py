@@ -159,16 +159,22 @@ def results(card: RunCard, file: str) -> dict[str, Result]:
 
 
 def tables(card: RunCard, file: str) -> list[Table]:
-    """Lists of objects among the results, and objects of objects: `{"models": {"sft": {...}, "dpo": {...}}}`."""
-    found = []
-    for key, value in card.results.items():
+    """Lists of objects among the results, and objects of objects with a key in common: `{"models": {"sft": {...}}}`."""
+    return list(_tables(card.results, "", file))
+
+
+def _tables(values: Mapping[str, Any], above: str, file: str) -> Iterator[Table]:
+    for name, value in values.items():
         rows: Any = value
         if isinstance(value, Mapping) and "estimate" not in value:
-            rows = [{"name": name, **row} if isinstance(row, Mapping) else None for name, row in value.items()]
-            rows = [row if row is not None and "estimate" not in row else None for row in rows]
+            objects = {key: row for key, row in value.items() if isinstance(row, Mapping) and "estimate" not in row}
+            shared = set.intersection(*map(set, objects.values())) if len(objects) == len(value) > 1 else set()
+            if not shared:
+                yield from _tables(value, f"{above}{name}.", file)
+                continue
+            rows = [{"name": key, **row} for key, row in objects.items()]
         if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-            found.append(Table(name=key, rows=tuple(rows), source=f"{file}: results.{key}"))
-    return found
+            yield Table(name=f"{above}{name}", rows=tuple(rows), source=f"{file}: results.{above}{name}")
 
 
 def finite(value: Any) -> TypeGuard[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -98,7 +99,7 @@ class Difference:
 
 
 def differences(runs: Sequence[RunFolder]) -> dict[str, list[Difference]]:
-    """What differs between runs, settings first; paths of results are left out, they always differ."""
+    """What differs between runs, settings first: keys that two of them have, but for the folders of their results."""
     found = {}
     for title, part in (
         ("Settings", "config"),
@@ -114,7 +115,8 @@ def differences(runs: Sequence[RunFolder]) -> dict[str, list[Difference]]:
                 for of in data
             ]
             held = [{**a, **b} for a, b in zip(held, sha, strict=True)]
-        keys = [key for key in dict.fromkeys(key for one in held for key in one) if key not in ("out", "resume")]
+        counted = Counter(key for one in held for key in one)
+        keys = [key for key, times in counted.items() if times > 1 and key not in ("out", "resume")]
         rows = [
             Difference(key=key, values=tuple(written(one[key]) if key in one else None for one in held)) for key in keys
         ]
@@ -208,7 +210,8 @@ def _shown(answer: Answer, before_and_after: bool, reference: str) -> Shown:
     if second == reference:
         pair.reverse()
     scores = [side.score for side in pair]
-    gain = None if scores[0] is None or scores[1] is None else scores[1] - scores[0]
+    told_apart = first != "shown first"  # else neither is the one that should gain
+    gain = scores[1] - scores[0] if told_apart and scores[0] is not None and scores[1] is not None else None
     verdict = {"tie": "a tie", "both_bad": "both bad", "skip": "no verdict"}.get(record.outcome, "")
     return Shown(prompt=_prompt(record.prompt), sides=tuple(pair), verdict=verdict, gain=gain, origin=answer.origin)
 
