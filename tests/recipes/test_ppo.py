@@ -122,15 +122,17 @@ def test_a_run_that_breaks_off_resumes_to_the_same_bits(
 def test_the_run_stops_at_its_kl_budget_and_stays_stopped(
     tiny_model_folder: Path, asked: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The step that measures more takes no update; resumed, nothing happens but the same model again."""
-    settings = {"epochs": 20, "max_kl": 0.02, "kl_coef": 0.0, "lr": 3e-3}
-    card = ppo.main(config(tiny_model_folder, asked[0], tmp_path / "run", **settings))
+    """The result is the last policy measured within the budget; resumed, nothing happens but the same model again."""
+    settings = {"epochs": 20, "kl_coef": 0.0, "lr": 3e-4, "schedule": "constant", "save_every": 2}
+    card = ppo.main(config(tiny_model_folder, asked[0], tmp_path / "run", max_kl=0.5, **settings))
     steps = rows(tmp_path / "run")
-    assert 1 < len(steps) < 60 and steps[-1]["kl"] > 0.02 >= max(step["kl"] for step in steps[:-1])
+    assert 2 < len(steps) < 60 and steps[-1]["kl"] > 0.5 >= max(step["kl"] for step in steps[:-1])
     assert "grad_norm" not in steps[-1] and "grad_norm" in steps[-2]
-    assert any("is above max_kl 0.02; the policy is left as it is" in note for note in card.notes)
+    assert any("is above max_kl 0.5; the policy before it is kept" in note for note in card.notes)
     before = weights(tmp_path / "run")
-    again = ppo.main(config(tiny_model_folder, asked[0], tmp_path / "run", resume=True, **settings))
+    ppo.main(config(tiny_model_folder, asked[0], tmp_path / "short", max_steps=len(steps) - 2, **settings))
+    assert before == weights(tmp_path / "short"), "one update less than led beyond the budget"
+    again = ppo.main(config(tiny_model_folder, asked[0], tmp_path / "run", max_kl=0.5, resume=True, **settings))
     assert again.status == "done" and weights(tmp_path / "run") == before and rows(tmp_path / "run") == steps
 
 

@@ -29,6 +29,7 @@ from preftune.recipes.policy_meter import rollout_metrics
 from preftune.recipes.policy_step import Learner, PpoKnobs, ppo_update, rloo_update
 from preftune.recipes.ppo_parts import (
     Asked,
+    Within,
     critic_learner,
     draw_seed,
     open_models,
@@ -63,10 +64,10 @@ def main(cfg: PpoConfig) -> RunCard:
         plan = StepPlan([group for group, _ in asked], batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
         first = [prompt_of[id(group)] for group in plan.groups_of(0, 0)]
         scale = reference_scores(cfg, models, first, reward, sampling, run) if cfg.standardise else None
-        critic = critic_learner(cfg, models)
+        critic, within = critic_learner(cfg, models), Within.of(policy.model, cfg.max_kl)
         loop = Loop(
             cfg, run, plan, policy, peak_lr=cfg.lr, memory={"kl_coef": cfg.kl_coef, "spent": False},
-            further={"critic": critic.optimizer} if critic else {},
+            tensors=within.tensors, further={"critic": critic.optimizer} if critic else {},
         )  # fmt: skip
         if loop.memory["spent"]:
             loop.end()
@@ -82,11 +83,13 @@ def main(cfg: PpoConfig) -> RunCard:
             metrics = rollout_metrics(rollout, coef)
             if cfg.max_kl is not None and rollout.kl > cfg.max_kl:
                 run.note(
-                    f"step {step}: KL {rollout.kl:.4g} is above max_kl {cfg.max_kl:g}; the policy is left as it is"
+                    f"step {step}: KL {rollout.kl:.4g} is above max_kl {cfg.max_kl:g}; the policy before it is kept"
                 )
+                within.restore(policy.model)
                 loop.memory = {**loop.memory, "spent": True}
                 loop.end()
             else:
+                within.keep(policy.model)
                 metrics |= updated(cfg, learner, critic, rollout, batching, coef, lr, step)
                 if cfg.target_kl is not None:
                     loop.memory = {**loop.memory, "kl_coef": next_coefficient(cfg, coef, rollout)}

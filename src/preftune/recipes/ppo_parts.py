@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from preftune.data.prompts import distinct_prompts
 from preftune.data.sources import open_source
@@ -28,7 +30,16 @@ from preftune.recipes.rollouts import Models, Sampling, scored
 from preftune.records import Prompt
 from preftune.tensors import TokenGroup
 
-__all__ = ["Asked", "critic_learner", "draw_seed", "open_models", "read_prompts", "reference_scores", "sampling_of"]
+__all__ = [
+    "Asked",
+    "Within",
+    "critic_learner",
+    "draw_seed",
+    "open_models",
+    "read_prompts",
+    "reference_scores",
+    "sampling_of",
+]
 
 Asked = list[tuple[TokenGroup, Prompt]]
 """Prompts as tokens, without responses yet, and as they were read."""
@@ -109,6 +120,28 @@ def read_prompts(
         policy.model, policy.tokenizer, [prompt for prompt, _ in kept], n=1, max_tokens=cfg.max_tokens, batch_size=1
     )  # refuses a prompt without room
     return [(TokenGroup(_ids(encode_prompt(policy.tokenizer, prompt)), (), origin=at), prompt) for prompt, at in kept]
+
+
+@dataclass(frozen=True)
+class Within:
+    """The last policy measured within the KL budget, and so the result when the next one is not; empty without one."""
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, policy: nn.Module, max_kl: float | None) -> Within:
+        named = policy.named_parameters() if max_kl is not None else ()
+        return cls({f"within/{name}": weight.detach().clone() for name, weight in named})
+
+    @torch.no_grad()
+    def keep(self, policy: nn.Module) -> None:
+        for mine, weight in zip(self.tensors.values(), policy.parameters(), strict=bool(self.tensors)):
+            mine.copy_(weight)
+
+    @torch.no_grad()
+    def restore(self, policy: nn.Module) -> None:
+        for mine, weight in zip(self.tensors.values(), policy.parameters(), strict=True):
+            weight.copy_(mine)
 
 
 def critic_learner(cfg: PpoConfig, models: Models) -> Learner | None:

@@ -73,7 +73,9 @@ class Rules(Settings):
     )
     kl_horizon: int = Field(10000, ge=1, description="responses in which kl_coef may change by a fifth")
     max_kl: float | None = Field(
-        None, gt=0, description="stop, without another step, when KL(policy || reference) is larger, nats; none: never"
+        None,
+        gt=0,
+        description="stop when KL(policy || reference) is larger and keep the policy before, nats; none: never",
     )
     critic: str | None = Field(
         None,
