@@ -114,16 +114,18 @@ def test_equal_models_are_exactly_nothing_apart(models: tuple[LoadedModel, Loade
 def test_every_response_keeps_its_place_and_its_tokens(models: tuple[LoadedModel, LoadedModel]) -> None:
     """However groups are batched: k1 and other_logp of each response are the enumerated laws' at that response."""
     writer, other = models
-    groups = drawn(writer, 5)[::-1]
+    groups = [TokenGroup(g.prompt, g.responses[: 1 + i * 7 % 5]) for i, g in enumerate(drawn(writer, 5)[::-1])]
     settings: dict[str, Any] = {"eos_id": EOS_ID, "max_tokens": TOKENS}
     with torch.no_grad():
         asked = [group.prompt.tolist() for group in groups]
         ours, theirs = (enumerate_completions(one.model, asked, **settings) for one in models)
-    for size in (12, 2000):
+    for size in (20, 2000):
 
         def cut(some: Sequence[TokenGroup], size: int = size) -> list[PackedBatch]:
             return micro_batches(some, tokens_per_batch=size, packed=True)
 
+        in_batches = [id(group) for batch in cut(groups) for group in batch.groups]
+        assert (in_batches == [id(group) for group in groups]) == (size == 2000)
         found = divergences(writer.model, other.model, groups, cut)
         ratios = log_ratios(writer.model, other.model, groups, cut)
         for x, group in enumerate(groups):
