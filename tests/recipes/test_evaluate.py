@@ -14,7 +14,7 @@ import torch
 from preftune.cli import main
 from preftune.engine.card import read_card
 from preftune.equations.kl import kl_divergence
-from preftune.errors import ConfigError, DataError
+from preftune.errors import ArtifactError, ConfigError, DataError, RunError
 from preftune.models.load import load
 from preftune.recipes import dpo, evaluate
 from preftune.recipes.comparison_configs import EvaluateConfig, named_models
@@ -187,6 +187,47 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert card.results == read_card(evaluated / "run.json").results
     for name in ("evaluation.jsonl", "judgements.jsonl", "samples/far.jsonl"):
         assert (out / name).read_bytes() == (evaluated / name).read_bytes(), name
+
+
+def test_samples_of_other_settings_are_never_reused(
+    evaluated: Path, moved: list[Path], tiny_model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """A folder whose run ended before its results: another temperature is refused instead of mixed with the samples."""
+    out = tmp_path / "run"
+    for kind in ("samples", "tokens"):
+        shutil.copytree(evaluated / kind, out / kind)
+    with pytest.raises(ArtifactError, match=r"base.jsonl:1: sampled from another model or otherwise"):
+        evaluate.main(config(moved, tiny_model_folder, prompts, out, temperature=0.9))
+
+
+def test_a_response_scored_otherwise_than_it_was_drawn_ends_the_run(
+    evaluated: Path, moved: list[Path], tiny_model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """One of 24 log-probs as drawn, off by 1 nat on 8 tokens: packed rows would change the model, and its KL."""
+    out = tmp_path / "run"
+    for kind in ("samples", "tokens"):
+        shutil.copytree(evaluated / kind, out / kind)
+    path = out / "samples" / "near.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    row["responses"][0]["logp"] += 1
+    path.write_text(json.dumps(row) + "\n" + "".join(others))
+    with pytest.raises(RunError, match=r"near: responses are 0\.026 nats per token more or less likely when"):
+        evaluate.main(config(moved, tiny_model_folder, prompts, out))
+
+
+def test_judges_see_both_orders_and_stand_apart(
+    moved: list[Path], tiny_model_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Two judges, both orders: everything shown is kept, rates of each judge beside those of all verdicts."""
+    more = {"reward": None, "judge": "rule:length ; rule:regex:the", "orders": "both", "n": 2}
+    card = evaluate.main(config(moved[1:], tiny_model_folder, prompts, tmp_path / "run", **more))
+    ((by_judge),) = card.results["by_judge"]
+    (rate,) = card.results["win_rates"]
+    assert list(by_judge) == rate["judges"] == ["rule:length", "rule:regex:the"]
+    assert sum(one["wins"] for one in by_judge.values()) == rate["wins"]
+    said, shown = (len((tmp_path / "run" / f).read_text().splitlines()) for f in ("judgements.jsonl", "shown.jsonl"))
+    assert said == 2 * 2 * len(PROMPTS) and said < shown <= 2 * said
 
 
 def test_the_enumerable_world_is_measured_within_its_intervals(tmp_path: Path) -> None:

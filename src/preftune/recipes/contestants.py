@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,8 @@ def ask(contestant: Contestant, prompts: Sequence[tuple[Prompt, str]], cfg: Eval
     with ExitStack() as held:
         texts = held.enter_context(growing(texts_file, begins=SAMPLES))
         tokens = held.enter_context(growing(tokens_file, begins=TOKENS))
-        found = _found(texts, tokens, name, texts_file)
+        keys = {prompt: _key(contestant, prompt, cfg) for prompt, _ in prompts}
+        found = _found(texts, tokens, keys, texts_file)
         with run.working(f"{name}: prompts answered", len(prompts)) as advance:
             for rows in plan(model, tokenizer, [prompt for prompt, _ in prompts], **size):
                 if not all(prompts[row][0] in found for row in rows):
@@ -130,7 +131,10 @@ def ask(contestant: Contestant, prompts: Sequence[tuple[Prompt, str]], cfg: Eval
                     drawn = {
                         prompts[row][0]: Answers(
                             SampledResponses(
-                                prompt=prompts[row][0], origin=prompts[row][1], responses=tuple(a.response for a in one)
+                                prompt=prompts[row][0],
+                                origin=prompts[row][1],
+                                key=keys[prompts[row][0]],
+                                responses=tuple(a.response for a in one),
                             ),
                             _group(one[0].prompt, [a.ids for a in one], prompts[row][1]),
                         )
@@ -149,8 +153,19 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
 
 
-def _found(texts: GrowingFile, tokens: GrowingFile, name: str, path: Path) -> dict[Prompt, Answers]:
-    """What the two files hold both: tokens are written first, so their file may end with lines without texts."""
+def _key(contestant: Contestant, prompt: Prompt, cfg: EvaluateConfig) -> str:
+    """Hash of what a line of samples depends on: prompt, model, sampler."""
+    asked = prompt if isinstance(prompt, str) else [[message.role, message.content] for message in prompt]
+    sampler = [cfg.n, cfg.temperature, cfg.top_p, cfg.max_tokens, _seed(cfg.seed, contestant.name)]
+    identity = [asked, sampler, contestant.loaded.weights_sha256, contestant.loaded.tokenizer_sha256]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def _found(texts: GrowingFile, tokens: GrowingFile, keys: Mapping[Prompt, str], path: Path) -> dict[Prompt, Answers]:
+    """What the two files hold both: tokens are written first, so their file may end with lines without texts.
+
+    Raises ArtifactError on a line that is none, or of another model, sampler or prompt.
+    """
     found: dict[Prompt, Answers] = {}
     of_prompt: dict[str, Any] = {}
     for line in tokens.lines:
@@ -162,9 +177,9 @@ def _found(texts: GrowingFile, tokens: GrowingFile, name: str, path: Path) -> di
             row = of_prompt[sampled.origin]
             group = _group(row["prompt"], row["responses"], sampled.origin)
         except (ValueError, TypeError, KeyError) as problem:
-            raise ArtifactError(
-                f"{path}:{number}: no line of {name}'s samples ({problem}); choose another --out"
-            ) from None
+            raise ArtifactError(f"{path}:{number}: no line of samples ({problem}); choose another --out") from None
+        if sampled.key != keys.get(sampled.prompt):
+            raise ArtifactError(f"{path}:{number}: sampled from another model or otherwise; choose another --out")
         found[sampled.prompt] = Answers(sampled, group)
     return found
 

@@ -1,14 +1,13 @@
 """Evaluation as a stage: one or several models and a reference answer the same prompts; what that says, with intervals.
 
-read prompts -> every model answers, temperature and seed the same              recipes/contestants.py
-KL to the reference, rewards, texts                                             recipes/measuring.py, evaluation/
-blind comparisons of the answers -> win rates, leaderboard                      recipes/matching.py, evaluation/
-held-out pairs -> calibration, implicit rewards, drift in plain words           recipes/diagnosing.py, evaluation/
+    read prompts -> every model answers, temperature the same                 recipes/contestants.py
+    KL to the reference, rewards, texts                                       recipes/measuring.py, evaluation/
+    blind comparisons of the answers -> win rates, leaderboard                recipes/matching.py, evaluation/
+    held-out pairs -> calibration, implicit rewards, drift in plain words     recipes/diagnosing.py, evaluation/
 
-run.json             results, each number with its interval
-evaluation.jsonl     a line per response: reward, KL, length, repetition
-judgements.jsonl     a line per comparison
-samples/, tokens/    what the models said; kept and reused by --resume
+Beside `run.json` (results, each number with its interval) the folder holds a line per response (`evaluation.jsonl`),
+one per comparison (`judgements.jsonl`; `shown.jsonl` where both orders were asked), and what the models said
+(`samples/`, `tokens/`), which a repeated command reuses.
 """
 
 from __future__ import annotations
@@ -59,9 +58,11 @@ def main(cfg: EvaluateConfig) -> RunCard:
         }
         if cfg.reward is not None:
             results["best_of_n"] = best_of(reference.rows)
-        judgements, comparisons = compared(field, cfg, run)
-        if judgements:
-            _write(run, "judgements.jsonl", map(to_json, judgements))
+        verdicts, comparisons = compared(field, cfg, run)
+        if verdicts:
+            _write(run, "judgements.jsonl", (to_json(verdict.judgement) for verdict in verdicts))
+        if any(len(verdict.shown) > 1 for verdict in verdicts):
+            _write(run, "shown.jsonl", (to_json(shown) for verdict in verdicts for shown in verdict.shown))
         results |= comparisons
         if pairs:
             results["calibration"] = calibration(pairs, scorers, run)

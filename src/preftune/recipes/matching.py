@@ -12,22 +12,22 @@ from preftune.engine.run import Run
 from preftune.evaluation.leaderboard import leaderboard
 from preftune.evaluation.length_control import length_controlled
 from preftune.evaluation.power import noise_sentence
-from preftune.evaluation.win_rate import matches, win_rate
-from preftune.judges.contract import Comparison, Judge, judged
+from preftune.evaluation.win_rate import matches, win_rate, win_rates
+from preftune.judges.contract import Comparison, Judge, Verdict, judged
 from preftune.judges.scores import ScoreJudge
 from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.recipes.judging import open_judges, orders_of
 from preftune.recipes.loop_configs import LabelConfig
 from preftune.recipes.measuring import Measured
-from preftune.records import Judgement, Prompt, Response
+from preftune.records import Prompt, Response
 
 __all__ = ["compared"]
 
 AT_ONCE = 64  # comparisons between two looks at the signals
 
 
-def compared(field: Sequence[Measured], cfg: EvaluateConfig, run: Run) -> tuple[list[Judgement], dict[str, Any]]:
-    """(every judgement, results about them); nothing where neither a judge nor a reward is given."""
+def compared(field: Sequence[Measured], cfg: EvaluateConfig, run: Run) -> tuple[list[Verdict], dict[str, Any]]:
+    """(every verdict, results about them); nothing where neither a judge nor a reward is given."""
     if cfg.judge is None and cfg.reward is None:
         return [], {}
     reference, *models = field
@@ -39,16 +39,15 @@ def compared(field: Sequence[Measured], cfg: EvaluateConfig, run: Run) -> tuple[
         criteria=cfg.criteria, allow_python=cfg.allow_python,
     )  # fmt: skip
     asked = [comparison for one, other in pairings for comparison in _comparisons(one, other)]
-    said: list[Judgement] = []
+    verdicts: list[Verdict] = []
     with _judges(field, cfg, labels) as judges:
         for judge in judges:
             with run.working(f"{judge.name}: comparisons", len(asked)) as advance:
                 for start in range(0, len(asked), AT_ONCE):
                     some = asked[start : start + AT_ONCE]
-                    verdicts = judged(judge, some, seed=cfg.seed, orders=orders_of(judge, labels))
-                    said += [verdict.judgement for verdict in verdicts]
+                    verdicts += judged(judge, some, seed=cfg.seed, orders=orders_of(judge, labels))
                     advance(len(some))
-    found = matches(said)
+    found = matches(verdict.judgement for verdict in verdicts)
     rates = [win_rate(found, one.name, other.name, seed=cfg.seed) for one, other in pairings]
     decided = [rate for rate in rates if rate.rate.n]
     results: dict[str, Any] = {
@@ -58,7 +57,9 @@ def compared(field: Sequence[Measured], cfg: EvaluateConfig, run: Run) -> tuple[
     }
     if len(models) > 1 and decided:
         results["leaderboard"] = leaderboard(found, anchor=reference.name, seed=cfg.seed)
-    return said, results
+    if len(rates and rates[0].judges) > 1:
+        results["by_judge"] = [win_rates(found, one.name, other.name, seed=cfg.seed) for one, other in pairings]
+    return verdicts, results
 
 
 def _comparisons(one: Measured, other: Measured) -> Iterator[Comparison]:

@@ -17,8 +17,10 @@ import torch
 from preftune.equations.optimum import best_of_n_reward
 from preftune.equations.resampling import weighted_mean
 from preftune.equations.stats import Interval, bootstrap, mean_interval, paired_difference, share
+from preftune.errors import RunError
 from preftune.evaluation.divergence import Divergence, divergences
 from preftune.evaluation.texts import repeated, shape
+from preftune.models.logprobs import TOLERANCE
 from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.recipes.contestants import Answers, Contestant
 from preftune.records import Response
@@ -75,11 +77,12 @@ def measure(
     """Everything that needs both models in memory."""
     found: list[list[Divergence]] = []
     forward: list[list[Divergence]] = []
-    if comparable(contestant, reference, cfg):
+    if contestant is not reference and comparable(contestant, reference, cfg):
         model, ref = contestant.loaded.model, reference.loaded.model
         batching = contestant.batching(packed=contestant.packed and reference.packed)
         own, theirs = ([one.group for one in side] for side in (answers, of_reference))
         found = divergences(model, ref, own, batching, temperature=cfg.temperature)
+        _check_scores(contestant, answers, found, cfg)
         forward = divergences(ref, model, theirs, batching, temperature=cfg.temperature)
     rows = []
     for x, one in enumerate(answers):
@@ -91,6 +94,26 @@ def measure(
             )  # fmt: skip
             rows.append(_with_divergence(row, found[x][i], response, cfg) if found else row)
     return Measured(contestant.name, answers, rows, forward)
+
+
+def _check_scores(
+    contestant: Contestant, answers: Sequence[Answers], found: Sequence[Sequence[Divergence]], cfg: EvaluateConfig
+) -> None:
+    """Scored in packed rows and drawn with a cache, a response has one log-prob: two computations of one number."""
+    if cfg.top_p < 1:
+        return  # the sampler's law is another one
+    differences = [
+        (scored.k1 + scored.other_logp - (response.logp or 0.0)) / scored.tokens
+        for one, row in zip(answers, found, strict=True)
+        for response, scored in zip(one.sampled.responses, row, strict=True)
+    ]
+    allowed = TOLERANCE[contestant.loaded.model.dtype]
+    rms = math.sqrt(float(np.mean(np.square(differences))))
+    if not rms <= allowed:  # not >, so that NaN is refused too
+        raise RunError(
+            f"{contestant.name}: responses are {rms:.2g} nats per token more or less likely when scored than when "
+            f"drawn, at most {allowed:g} allowed; their KL would be wrong: report it with the model's config.json"
+        )
 
 
 def comparable(contestant: Contestant, reference: Contestant, cfg: EvaluateConfig) -> bool:
