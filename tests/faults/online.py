@@ -57,7 +57,7 @@ FAULTS = [
         _ROUNDS,
         '"resume": began}',
         '"resume": False}',
-        f"{_TESTS} killed_anywhere",
+        f"{_TESTS} killed_right_after",
     ),
     Fault(
         "online: a round counts as seen before its line of metrics is written",
@@ -69,7 +69,7 @@ FAULTS = [
     run.note(f"round {number} is seen")
     run.evaluated(number, numbers)
 """,
-        f"{_TESTS} killed_anywhere",
+        f"{_TESTS} killed_right_after",
     ),
     Fault(
         "online: a near tie makes a pair",

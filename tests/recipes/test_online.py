@@ -297,3 +297,30 @@ def test_killed_anywhere_and_resumed_is_the_same_to_the_bit(
     assert killed_at(monkeypatch, int(share * replacements), lambda: dpo.main(cfg))
     dpo.main(cfg.model_copy(update={"resume": True}))
     assert same_bits(tmp_path / "run") == same_bits(ran)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("after", ["round-1/round.json", "round-1/dpo/checkpoints/step-1"])
+def test_killed_right_after_a_record_and_resumed_is_the_same(
+    start: Path, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """A round that is seen has its line of metrics; a step that is saved is not taken again, nor its run refused."""
+    cfg, seen = config(start, tmp_path / "run", labels="bradley_terry", save_every=1), False
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(source: Any, target: Any, **more: Any) -> None:
+            nonlocal seen
+            if seen:
+                raise Killed
+            real(source, target, **more)
+            seen = str(target).endswith(after)
+
+        return moved
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename"):
+            patch.setattr(os, name, watched(getattr(os, name)))
+        with pytest.raises(Killed):
+            dpo.main(cfg)
+    dpo.main(cfg.model_copy(update={"resume": True}))
+    assert same_bits(tmp_path / "run") == same_bits(ran)
