@@ -16,6 +16,7 @@ __all__ = ["Cell", "Grid", "Headline", "frontier", "grid", "headlines", "is_told
 
 AT_MOST = 8  # numbers on top of a page
 ASIDE = ("steps", "seed")
+STUDIED = "A point is the last policy of one setting, a curve a closed form; both are means over seeds."
 TURNED = 6  # rows that fit beside each other as columns
 TELLING = ("rate", "win_rate", "reward", "kl", "rating")
 COURSE_POINTS = 200
@@ -136,6 +137,11 @@ def frontier(runs: Sequence[RunFolder], names: Sequence[str]) -> str | None:
                 Point(label=said, colour=colour, x=kl.value, y=reward.value, x_ends=kl.ends, y_ends=reward.ends)
             )
             sources.append(run.card_file)
+        if run.arms:
+            drawn = _study(run)
+            curves += drawn[0]
+            points += drawn[1]
+            sources.append(run.card_file.replace("run.json", "results.jsonl"))
         for stage in run.stages:
             rows = [
                 row for row in stage.evaluated or stage.train if finite(row.get("reward")) and finite(row.get("kl"))
@@ -148,15 +154,37 @@ def frontier(runs: Sequence[RunFolder], names: Sequence[str]) -> str | None:
                 sources.append(stage.file("metrics.jsonl"))
     if len(points) + sum(len(curve.x) for curve in curves) < 2:
         return None
+    studied = any(run.arms for run in runs)
     panel = Panel(
         title="Reward against KL(policy || reference)",
         curves=curves,
         points=points[:SCATTERED],
         x_label="KL per answer, nats",
-        note="Up is better, right is dearer; whiskers are 95 % intervals.",
+        note="Up is better, right is dearer. " + (STUDIED if studied else "Whiskers are 95 % intervals."),
         source=f"{', '.join(dict.fromkeys(sources))}: reward, kl",
     )
     return plot(panel)
+
+
+def _study(run: RunFolder) -> tuple[list[Curve], list[Point]]:
+    """Means over seeds: of a family that is a curve, such as the frontier, along its steps, else of each arm's end."""
+    curves, points = [], []
+    families = dict.fromkeys(arm["family"] for arm in run.arms)
+    for index, family in enumerate(families):
+        colour, dash = f"r{index % COLOURS}", index // COLOURS
+        settings: dict[str, list[list[Mapping[str, float]]]] = {}
+        for arm in run.arms:
+            if arm["family"] == family and arm["points"]:
+                settings.setdefault(arm["setting"], []).append(arm["points"])
+        if len(settings) == 1 and family.lower().endswith(("frontier", "of-n", "of n")):
+            passed = list(zip(*next(iter(settings.values())), strict=False))
+            x, y = ([sum(point[key] for point in at) / len(at) for at in passed] for key in ("kl", "reward"))
+            curves.append(Curve(label=family, colour=colour, x=x, y=y, dash=dash))
+            continue
+        for seeds in settings.values():
+            kl, reward = (sum(passed[-1][key] for passed in seeds) / len(seeds) for key in ("kl", "reward"))
+            points.append(Point(label=family, colour=colour, x=kl, y=reward))
+    return curves, points
 
 
 def verdicts(run: RunFolder) -> list[tuple[str, str, str]]:

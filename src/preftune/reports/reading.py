@@ -2,6 +2,7 @@
 
     RUN/run.json             results with their intervals, settings, data doctor, versions, hardware
     RUN/metrics.jsonl        curves
+    RUN/results.jsonl        arms of a study: `{"family", "setting", "seed", "points": [{"step", "kl", "reward"}, ...]}`
     RUN/evaluation.jsonl     comparisons of answers, else RUN/judgements.jsonl; only where answers were compared
     RUN/STAGE/run.json       the same of every stage that the run was made of, also RUN/ROUND/STAGE/
     RUN/STAGE/metrics.jsonl
@@ -99,6 +100,8 @@ class RunFolder:
     stages: tuple[Stage, ...]
     """Those with metrics or data of their own, in the order in which they ran."""
     answers: tuple[Answer, ...]
+    arms: tuple[Mapping[str, Any], ...] = ()
+    """Runs of a study, each with the points it passed."""
     gaps: tuple[str, ...] = ()
     """What is missing, torn or left out, one sentence each."""
     name: str = ""
@@ -133,11 +136,13 @@ def read(run: Path, name: str = "") -> RunFolder:
         gaps.append(f"{len(paths) - STAGES_READ} of {len(paths)} runs below {name or 'this folder'} are not shown")
     stages = sorted((stage for stage in (own, *below) if stage.train or stage.evaluated or stage.card.data), key=_start)
     files = [run / file for file in ("evaluation.jsonl", "judgements.jsonl") if (run / file).exists()]
+    arms = tuple(_arms(run / "results.jsonl", f"{prefix}results.jsonl", gaps))
     compared = (tuple(_answers(path, f"{prefix}{path.name}")) for path in files)
     return RunFolder(
         card=own.card,
         stages=tuple(stages),
         answers=next((found for found in compared if found), ()),
+        arms=arms,
         gaps=tuple(gaps),
         name=name,
         card_file=f"{prefix}run.json",
@@ -233,6 +238,17 @@ def _answers(path: Path, shown: str) -> Iterable[Answer]:
             raise ArtifactError(f"{path}:{number}: cannot be read ({error})") from error
         if isinstance(record, (Judgement, SampledResponses)):
             yield Answer(record=record, origin=f"{shown}:{number}")
+
+
+def _arms(path: Path, shown: str, gaps: list[str]) -> Iterator[Mapping[str, Any]]:
+    """The lines of a study; one that is none is a gap."""
+    for number, line in enumerate(_lines(path) if path.exists() else (), start=1):
+        try:
+            arm = json.loads(line)
+            points = [{key: float(point[key]) for key in ("step", "kl", "reward")} for point in arm["points"]]
+            yield {"family": str(arm["family"]), "setting": str(arm["setting"]), "points": points}
+        except (ValueError, TypeError, KeyError):
+            gaps.append(f"{shown}:{number} is no run of a study and is left out")
 
 
 def _lines(path: Path) -> list[str]:

@@ -50,7 +50,9 @@ def sentence(card: RunCard) -> str:
         known["loss"] = f"{known['loss']} (beta {known['beta']})"
     online = card.stage == "dpo" and card.config.get("online") is True
     told = (
-        "Online DPO: {model} with loss {loss}, its own responses to {prompts}" if online else DONE.get(card.stage, "")
+        "Online DPO: {model} with loss {loss}, its own responses to {prompts}"
+        if online
+        else DONE.get(card.stage.partition(" ")[0], "")
     )
     try:
         said = told.format_map(known)
