@@ -13,7 +13,7 @@ from rl_world import model_folder
 
 from preftune.cli import main as cli
 from preftune.engine.run import Run
-from preftune.errors import ConfigError, DataError, RunError, UserError
+from preftune.errors import ConfigError, DataError, ResumeMismatch, RunError, UserError
 from preftune.models.load import save
 from preftune.models.reward_head import load_reward_model
 from preftune.recipes import ppo
@@ -152,6 +152,13 @@ def test_a_reward_model_scores_and_starts_the_critic(
     ppo.main(config(tiny_model_folder, asked[0], tmp_path / "raw", **settings))
     (raw,) = rows(tmp_path / "raw")
     assert abs(raw["reward"]) > 0.3 and abs(raw["score_std"] - 1) > 0.2, "or standardising was not tried"
+
+    ppo.main(config(tiny_model_folder, asked[0], tmp_path / "rloo", algorithm="rloo", **settings))
+    loaded.model.score.weight.data *= 2
+    save(loaded.model, loaded.tokenizer, tmp_path / "rm" / "model", state=None, card="")
+    resumed = config(tiny_model_folder, asked[0], tmp_path / "rloo", algorithm="rloo", resume=True, **settings)
+    with pytest.raises(ResumeMismatch, match="reward_weights"):
+        ppo.main(resumed)
 
     (tmp_path / "letters.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "cd"}\n')
     letters = config(model_folder(tmp_path / "world"), tmp_path / "letters.jsonl", tmp_path / "other", **settings)

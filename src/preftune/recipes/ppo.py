@@ -35,6 +35,7 @@ from preftune.recipes.ppo_parts import (
     open_models,
     read_prompts,
     reference_scores,
+    reward_hashes,
     sampling_of,
 )
 from preftune.recipes.rl_configs import PpoConfig
@@ -56,6 +57,7 @@ def main(cfg: PpoConfig) -> RunCard:
             cfg.reward, device=batching.device, dtype=policy.model.dtype, tokens_per_batch=cfg.tokens_per_batch,
             allow_code=cfg.allow_python, role="reward",
         )  # fmt: skip
+        run.record(hashes=reward_hashes(cfg))
         held_out = read_prompts(cfg.eval_prompts, "eval", cfg, run, policy) if cfg.eval_prompts else []
         asked = read_prompts(cfg.prompts, "train", cfg, run, policy, held_out)
         prompt_of = {id(group): prompt for group, prompt in asked}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from copy import deepcopy
@@ -38,6 +39,7 @@ __all__ = [
     "open_models",
     "read_prompts",
     "reference_scores",
+    "reward_hashes",
     "sampling_of",
 ]
 
@@ -75,8 +77,7 @@ def _critic_start(cfg: PpoConfig, policy: LoadedModel, batching: Batching, run: 
     if named is None:
         run.note("critic: a copy of the policy, value 0 everywhere")
         return policy, batching
-    inside = Path(named) / "model"
-    folder = str(inside) if (inside / "config.json").exists() else named
+    folder = str(_model_of(named))
     loaded, theirs = open_model(folder, cfg, run, role="critic", read=partial(load_reward_model, seed=cfg.seed))
     if policy.tokenizer.get_vocab().items() <= loaded.tokenizer.get_vocab().items():
         run.note(f"critic: a copy of {folder}, value 0 everywhere")
@@ -88,6 +89,24 @@ def _critic_start(cfg: PpoConfig, policy: LoadedModel, batching: Batching, run: 
         )
     run.note("critic: a copy of the policy, value 0 everywhere, because the reward model has another vocabulary")
     return policy, batching
+
+
+def reward_hashes(cfg: PpoConfig) -> dict[str, str]:
+    """SHA-256 of the weights that score, where the reward is learned: a resumed run must find the same."""
+    kind, _, rest = cfg.reward.partition(":")
+    if kind not in ("reward", "policy"):
+        return {}
+    digest = hashlib.sha256()
+    for path in sorted(_model_of(rest.partition(",")[0]).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {"reward_weights": digest.hexdigest()}
+
+
+def _model_of(name: str) -> Path:
+    """The model folder of a run, or the folder itself."""
+    inside = Path(name) / "model"
+    return inside if (inside / "config.json").exists() else Path(name)
 
 
 def read_prompts(
