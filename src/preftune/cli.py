@@ -39,6 +39,7 @@ STAGES: Mapping[str, str] = {
     "ppo": "reinforcement learning from a reward, PPO or RLOO, on the policy's own responses to prompts",
     "evaluate": "models against a reference on the same prompts: reward, KL, win rates, drift, each with its interval",
     "report": "one page about one or several runs: results, curves, answers, data, settings and their differences",
+    "study frontier": "reward against KL of every method beside the exact frontier, over seeds: figure, table, verdicts",
 }
 """Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 
@@ -81,7 +82,7 @@ def _start(stage: str, config: Any) -> None:
         transfer = importlib.import_module("preftune.web.transfer")
         (transfer.export_labels if stage == "label export" else transfer.import_labels)(config)
     else:
-        importlib.import_module(f"preftune.recipes.{stage}").main(config)
+        importlib.import_module(f"preftune.recipes.{stage.partition(' ')[0]}").main(config)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Settings]:

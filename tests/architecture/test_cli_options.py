@@ -33,6 +33,7 @@ OPTIONS = {
     "evaluate": "model reference prompts format allow_refused max_prompts n temperature top_p max_tokens seed reward "
     "truth judge orders criteria allow_python against pairs lm_eval batch_size tokens_per_batch dtype device out resume",
     "report": "runs out",
+    "study frontier": "out seeds seed fast processes",
 }
 
 

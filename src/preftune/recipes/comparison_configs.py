@@ -14,7 +14,7 @@ from pydantic import model_validator as check
 from preftune.data.prompts import PROMPTS
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
-__all__ = ["EvaluateConfig", "ReportConfig", "named_models"]
+__all__ = ["EvaluateConfig", "FrontierConfig", "ReportConfig", "StudyConfig", "named_models"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -169,3 +169,27 @@ class ReportConfig(Settings):
         if twice := [run for run, times in Counter(map(Path, self.runs)).items() if times > 1]:
             raise refusal(info, "runs", f"{twice[0]} is given twice; name each run once")
         return self
+
+
+class StudyConfig(Settings):
+    """Many short runs on the enumerable world, and what they say of a claim."""
+
+    study: ClassVar[str]
+
+    out: str | None = Field(
+        None, min_length=1, description="folder of results.jsonl, study.md and figures; none: runs/study-NAME"
+    )
+    seeds: int | None = Field(None, ge=1, description="repetitions, each with a world of its own; none: 5, with fast 2")
+    seed: int = Field(0, ge=0, lt=2**20, description="first seed; the others follow it")
+    fast: bool = Field(False, description="a small world and short runs for a first look, under two minutes")
+    processes: int | None = Field(None, ge=1, description="runs at once, one thread each; none: as many as cores")
+
+    def folder(self) -> str:
+        """`out`, else the study's own."""
+        return self.out or f"runs/study-{self.study}"
+
+
+class FrontierConfig(StudyConfig):
+    """Reward against KL of every method, beside the exact frontier."""
+
+    study = "frontier"

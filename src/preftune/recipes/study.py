@@ -1,0 +1,132 @@
+"""Studies: many short runs on the enumerable world, their table of results, a figure and verdicts in words.
+
+    seeds -> worlds (reference, reward model)      recipes/study_world.py
+          -> runs, one JSON line each, on the disk when it is finished      OUT/results.jsonl
+          -> figures, tables, verdicts                 OUT/frontier.svg, OUT/study.md
+
+A study is a module with its runs and a row in `STUDIES`. Killed at any instant and started again it continues: lines
+that are there are kept, and the same command gives the same numbers, in whatever order processes finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from preftune.engine.card import new_card
+from preftune.engine.console import Display
+from preftune.engine.files import replace_file
+from preftune.engine.lines import growing
+from preftune.errors import ArtifactError
+from preftune.recipes import study_frontier
+from preftune.recipes.comparison_configs import StudyConfig
+from preftune.recipes.study_frontier import Arm
+from preftune.recipes.study_pool import pooled
+from preftune.recipes.study_prepare import prepare
+from preftune.recipes.study_report import write
+from preftune.recipes.study_settings import FAST, FULL, Setting
+from preftune.recipes.study_world import begin
+from preftune.records import RunCard, to_json
+
+__all__ = ["STUDIES", "Job", "StudyConfig", "main"]
+
+STUDIES = {"frontier": study_frontier.ARMS}
+"""Name -> its runs of every seed; `study_frontier.run` makes one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one seed, as a process is told."""
+
+    folder: Path
+    seed: int
+    setting: Setting
+    study: str
+    arm: Arm
+
+    @property
+    def identity(self) -> str:
+        """What its numbers depend on besides the code: equal where a line that is there may be kept."""
+        foreign = {name for kind, name in study_frontier.COURSES.items() if kind != self.arm.kind}
+        setting = {name: value for name, value in asdict(self.setting).items() if name not in foreign}
+        told = json.dumps([setting, asdict(self.arm)], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def line(self) -> str:
+        """Run it; the line of the results file."""
+        began = time.process_time()
+        points = study_frontier.run(begin(self.folder, self.seed, self.setting), self.arm)
+        told = {"study": self.study, "seed": self.seed, "family": self.arm.family, "setting": self.arm.setting}
+        seconds = round(time.process_time() - began, 2)
+        told |= {"identity": self.identity, "cpu_seconds": seconds, "points": [asdict(point) for point in points]}
+        return json.dumps(told)
+
+
+def main(cfg: StudyConfig) -> RunCard:
+    """Run what `OUT/results.jsonl` lacks, then draw and tell. Raises ConfigError, ArtifactError, RunError."""
+    out, display, setting = Path(cfg.folder()), Display(), FAST if cfg.fast else FULL
+    seeds = range(cfg.seed, cfg.seed + (cfg.seeds or (2 if cfg.fast else 5)))
+    jobs = [Job(out / "worlds" / str(s), s, setting, cfg.study, arm) for s in seeds for arm in STUDIES[cfg.study]]
+    began = time.monotonic()
+    with growing(out / "results.jsonl", begins=f'{{"study": "{cfg.study}"') as file:
+        done = finished(out / "results.jsonl", file.lines, jobs)
+        missing = [job for job in jobs if (job.seed, job.arm.family, job.arm.setting) not in done]
+        processes = min(cfg.processes or os.cpu_count() or 1, max(1, len(missing)))
+        display.note(f"study {cfg.study}: {len(jobs)} runs of {len(seeds)} seeds, {len(missing)} to do in {out}")
+        display.begin("runs", len(jobs), len(done))
+        try:
+            for number, line in enumerate(computed(missing, processes), start=len(done) + 1):
+                file.append([line])
+                told = json.loads(line)
+                last = told["points"][-1]
+                display.step(number, {"seed": told["seed"], "kl": last["kl"], "gap": last["gap"]})
+        finally:
+            display.end()
+    order = {(job.seed, job.arm.family, job.arm.setting): i for i, job in enumerate(jobs)}
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines.sort(key=lambda line: order[line["seed"], line["family"], line["setting"]])
+    summary = write(out, cfg.study, lines)
+    card = new_card(f"study {cfg.study}", cfg.model_dump())
+    seconds = round(time.monotonic() - began, 1)
+    card = replace(card, status="done", results={"seconds": seconds, "runs": len(jobs), "verdicts": summary})
+    replace_file(out / "run.json", f"{json.dumps(json.loads(to_json(card)), indent=1)}\n".encode())
+    for verdict in summary:
+        print(verdict)
+    return card
+
+
+def finished(path: Path, lines: Sequence[str], jobs: Sequence[Job]) -> set[tuple[int, str, str]]:
+    """(seed, family, setting) of the lines. Raises ArtifactError on one that this study would not have written."""
+    known = {(job.seed, job.arm.family, job.arm.setting): job.identity for job in jobs}
+    found = set()
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            key = (line["seed"], line["family"], line["setting"])
+            same = known.get(key) == line["identity"]
+        except (ValueError, KeyError, TypeError) as problem:
+            raise ArtifactError(f"{path}:{number}: no line of a study ({problem}); choose another --out") from None
+        if not same or key in found:
+            raise ArtifactError(
+                f"{path}:{number}: seed {key[0]}, {key[1]}, {key[2]} is no run of this study: another size, other "
+                "seeds or another version; choose another --out"
+            )
+        found.add(key)
+    return found
+
+
+def computed(jobs: Sequence[Job], processes: int) -> Iterator[str]:
+    """The lines of the jobs as they are finished; a seed's world is made before the first of its jobs."""
+    worlds = {job.seed: (job.folder, job.seed, job.setting) for job in jobs}
+    if processes > 1:
+        later = {seed: [(Job.line, (job,)) for job in jobs if job.seed == seed] for seed in worlds}
+        yield from pooled(processes, {seed: (prepare, told) for seed, told in worlds.items()}, later)
+        return
+    for seed, told in worlds.items():
+        prepare(*told)
+        yield from (job.line() for job in jobs if job.seed == seed)
