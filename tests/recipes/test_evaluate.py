@@ -357,7 +357,7 @@ def test_models_are_called_after_their_folders() -> None:
 def test_inputs_that_cannot_be_read_end_the_run_with_their_reason(
     tiny_model_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    """An unknown scorer, prompts without a prompt, pairs that prefer nothing."""
+    """An unknown scorer, prompts without a prompt, pairs that are too long or prefer nothing."""
     other = tmp_path / "other"
     shutil.copytree(tiny_model_folder, other)
     with pytest.raises(ConfigError, match="scorer 'rule:taste' is unknown; allowed: rule:length"):
@@ -366,6 +366,10 @@ def test_inputs_that_cannot_be_read_end_the_run_with_their_reason(
     bad.write_text('{"prompt": ""}\n')
     with pytest.raises(DataError, match="1 rows are refused, 0 allowed"):
         evaluate.main(config([other], tiny_model_folder, bad, tmp_path / "b"))
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a", "chosen": " b" * 600, "rejected": " c"}) + "\n")
+    with pytest.raises(ConfigError, match=r"a held-out pair is \d+ tokens long and other has 512 positions"):
+        evaluate.main(config([other], tiny_model_folder, prompts, tmp_path / "d", pairs=str(long)))
     drawn = tmp_path / "samples.jsonl"
     drawn.write_text(to_json(SampledResponses(prompt="a", responses=(Response(text=" b"), Response(text=" c")))) + "\n")
     with pytest.raises(DataError, match="none of 1 rows prefers one response to another"):

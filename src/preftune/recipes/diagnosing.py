@@ -12,7 +12,7 @@ from preftune.data.ranking import pair_positions
 from preftune.engine.card import read_card
 from preftune.engine.run import Run
 from preftune.equations.stats import Interval, mean_interval, share
-from preftune.errors import DataError
+from preftune.errors import ConfigError, DataError
 from preftune.evaluation.calibration import calibrate, correlation, ranks, wins
 from preftune.evaluation.divergence import log_ratios
 from preftune.evaluation.drift import (
@@ -66,13 +66,27 @@ def read_pairs(name: str, run: Run) -> list[Pair]:
 
 
 def pair_ratios(contestant: Contestant, reference: Contestant, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
-    """(log-ratio of the chosen, of the rejected response) of every pair, nats, at temperature 1."""
+    """(log-ratio of the chosen, of the rejected response) of every pair, nats, at temperature 1.
+
+    Raises ConfigError on a pair that is longer than either model has positions.
+    """
     asked = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
     groups, places = answer_groups(contestant.loaded.tokenizer, asked)
+    for one in (contestant, reference):
+        _check_room(one, max(len(group.prompt) + max(map(len, group.responses)) for group in groups))
     batching = contestant.batching(packed=contestant.packed and reference.packed)
     found = log_ratios(contestant.loaded.model, reference.loaded.model, groups, batching)
     values = [found[group][i] for group, i in places]
     return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _check_room(contestant: Contestant, longest: int) -> None:
+    positions = getattr(contestant.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"a held-out pair is {longest} tokens long and {contestant.name} has {positions} positions; "
+            "leave longer pairs out of the file"
+        )
 
 
 def calibration(pairs: Sequence[Pair], scorers: Mapping[str, Scorer | None], run: Run) -> dict[str, Any]:
