@@ -185,6 +185,15 @@ def test_what_has_no_score_is_reported_and_not_zeroed(
     assert not (tmp_path / "b" / "model").exists()
 
 
+def test_a_reward_that_never_differs_is_said(tiny_model_folder: Path, asked: tuple[Path, Path], tmp_path: Path) -> None:
+    """One warning, kept in the card, with how many responses ended; none where scores differ."""
+    common = {"max_steps": 1, "algorithm": "rloo"}
+    card = ppo.main(config(tiny_model_folder, asked[0], tmp_path / "a", reward="rule:regex:Zebra", **common))
+    assert any("all 8 responses of the first step have score 0, " in note for note in card.notes)
+    card = ppo.main(config(tiny_model_folder, asked[0], tmp_path / "b", reward="rule:length", **common))
+    assert not any("have score" in note for note in card.notes)
+
+
 def test_early_stopping_keeps_the_best_held_out_objective(
     tiny_model_folder: Path, asked: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def main(cfg: PpoConfig) -> RunCard:
             rollout = roll_out(models, prompts, reward, batching, sampling, seed=draw_seed(cfg, step), scale=scale)
             if not certified:
                 batching.check(policy.model, rollout.groups)
+                warn_of_silence(rollout, run)
                 certified = True
             clock.lap("rollout")
             metrics = rollout_metrics(rollout, coef)
@@ -136,6 +137,17 @@ def updated(
             "its own rollout, where it must be 0: its log-probs are no function of its weights and tokens alone"
         )
     return metrics
+
+
+def warn_of_silence(rollout: Rollout, run: Run) -> None:
+    """Scores that are all alike teach nothing; responses that never end are the usual cause."""
+    if bool((rollout.scores == rollout.scores[0]).all()):
+        ended = int(rollout.finished.sum())
+        run.warn(
+            f"all {len(rollout.scores)} responses of the first step have score {float(rollout.scores[0]):g}, "
+            f"{ended} of them ended: as long as that is so there is nothing to learn; "
+            "look at --max_tokens, --missing_eos and --reward"
+        )
 
 
 def evaluate(
