@@ -216,6 +216,17 @@ def test_a_response_scored_otherwise_than_it_was_drawn_ends_the_run(
         evaluate.main(config(moved, tiny_model_folder, prompts, out))
 
 
+def test_one_prompt_has_no_interval(moved: list[Path], tiny_model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    """However many samples: means are open-ended, shares anything, and nothing is fitted to a single prompt."""
+    more = {"max_prompts": 1, "against": "all"}
+    card = evaluate.main(config(moved, tiny_model_folder, prompts, tmp_path / "run", **more))
+    found = card.results["models"]["far"]
+    for name in ("reward", "reward_difference", "kl", "kl_per_token", "k1", "forward_kl", "tokens", "repeated"):
+        assert (found[name]["low"], found[name]["high"]) == ("-inf", "inf"), name
+    assert (found["finished"]["low"], found["finished"]["high"]) == (0, 1)
+    assert card.results["length_controlled"] == [] and "leaderboard" not in card.results
+
+
 def test_judges_see_both_orders_and_stand_apart(
     moved: list[Path], tiny_model_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:

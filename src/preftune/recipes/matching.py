@@ -49,7 +49,7 @@ def compared(field: Sequence[Measured], cfg: EvaluateConfig, run: Run) -> tuple[
                     advance(len(some))
     found = matches(verdict.judgement for verdict in verdicts)
     rates = [win_rate(found, one.name, other.name, seed=cfg.seed) for one, other in pairings]
-    decided = [rate for rate in rates if rate.rate.n]
+    decided = [rate for rate in rates if rate.prompts > 1]  # one prompt has no spread to resample
     results: dict[str, Any] = {
         "win_rates": rates,
         "length_controlled": [length_controlled(found, rate.one, rate.other, seed=cfg.seed) for rate in decided],

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from preftune.equations.optimum import best_of_n_reward
-from preftune.equations.resampling import weighted_mean
-from preftune.equations.stats import Interval, bootstrap, mean_interval, paired_difference, share
+from preftune.equations.stats import Interval, mean_interval, paired_difference, share
 from preftune.errors import RunError
 from preftune.evaluation.divergence import Divergence, divergences
 from preftune.evaluation.texts import repeated, shape
@@ -26,8 +25,6 @@ from preftune.recipes.contestants import Answers, Contestant
 from preftune.records import Response
 
 __all__ = ["Measured", "Row", "best_of", "by_prompt", "comparable", "measure", "reference_gap", "scored", "summary"]
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +153,7 @@ def summary(measured: Measured, reference: Measured, cfg: EvaluateConfig) -> dic
     if rows[0].k1 is not None and measured is not reference:
         if rows[0].kl is not None:
             found["kl"] = _mean(rows, "kl")
-            found["kl_per_token"] = _per_token(rows, cfg.seed)
+            found["kl_per_token"] = _per_token(rows)
         found["k1"] = _mean(rows, "k1")
         if cfg.top_p == 1:
             found["forward_kl"] = _of(measured.forward, "rao_blackwell")
@@ -220,10 +217,12 @@ def _mean(rows: Sequence[Row], column: str) -> Interval | None:
     return mean_interval(values, clusters=prompts)
 
 
-def _per_token(rows: Sequence[Row], seed: int) -> Interval:
-    """Sum of KL / sum of tokens."""
-    ratio = weighted_mean([[row.kl or 0.0, row.tokens] for row in rows])
-    return bootstrap(ratio, len(rows), clusters=[row.prompt for row in rows], resamples=RESAMPLES, seed=seed)
+def _per_token(rows: Sequence[Row]) -> Interval:
+    """Sum of KL / sum of tokens; its interval is that of the linear part, ratio + (kl - ratio n) / mean n."""
+    kl_N, tokens_N = (np.array([getattr(row, column) for row in rows], np.float64) for column in ("kl", "tokens"))
+    ratio = kl_N.sum() / tokens_N.sum()
+    linear_N = ratio + (kl_N - ratio * tokens_N) / tokens_N.mean()
+    return mean_interval(linear_N, clusters=[row.prompt for row in rows])
 
 
 def _of(found: Sequence[Sequence[Divergence]], column: str) -> Interval:
