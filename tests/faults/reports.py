@@ -1,0 +1,80 @@
+"""Reports that show something else than the files hold."""
+
+from __future__ import annotations
+
+from fault import Fault
+
+_PLOTS, _READING, _COURSES, _TELLING, _COMPARISON, _STAGE = (
+    "src/preftune/reports/plots.py",
+    "src/preftune/reports/reading.py",
+    "src/preftune/reports/courses.py",
+    "src/preftune/reports/telling.py",
+    "src/preftune/reports/comparison.py",
+    "src/preftune/recipes/report.py",
+)
+
+FAULTS = [
+    Fault(
+        "report: the vertical axis is upside down",
+        _PLOTS,
+        "down = HEIGHT - BOTTOM - (HEIGHT",
+        "down = TOP + (HEIGHT",
+        "tests/reports/test_plots.py -k where_they_are",
+    ),
+    Fault(
+        "report: a label is not escaped",
+        _PLOTS,
+        "    return html.escape(text)\n",
+        "    return text\n",
+        "tests/reports/test_plots.py -k escaped",
+    ),
+    Fault(
+        "report: a torn line of metrics is not told",
+        _READING,
+        "    if torn:\n",
+        "    if not torn:\n",
+        "tests/reports/test_html.py -k torn_metric",
+    ),
+    Fault(
+        "report: an interval of another number",
+        _READING,
+        'siblings.get(f"{name}_{end}")',
+        'siblings.get(f"loss_{end}")',
+        "tests/reports/test_comparison.py -k 'frontier or matrix or headlines'",
+    ),
+    Fault(
+        "report: thinned training starts at the first step instead of ending at the last",
+        _COURSES,
+        'return [{"step": group[-1]["step"]',
+        'return [{"step": group[0]["step"]',
+        "tests/reports/test_comparison.py -k long_training",
+    ),
+    Fault(
+        "report: the worst answers are the least bad ones",
+        _TELLING,
+        "key=lambda row: row.gain or 0)[:EXTREME]",
+        "key=lambda row: row.gain or 0)[-EXTREME:]",
+        "tests/reports/test_html.py -k chosen_by_the_rules",
+    ),
+    Fault(
+        "report: the answers of the reference count as the gain",
+        _TELLING,
+        "    if second == reference:\n",
+        "    if second != reference:\n",
+        "tests/reports/test_comparison.py -k reference_first",
+    ),
+    Fault(
+        "report: a study's points are those of its first step",
+        _COMPARISON,
+        "sum(passed[-1][key] for passed in seeds)",
+        "sum(passed[0][key] for passed in seeds)",
+        "tests/reports/test_comparison.py -k study",
+    ),
+    Fault(
+        "report: a page that cannot be written fails the run",
+        _STAGE,
+        "    except Exception as problem:",
+        "    except OSError as problem:",
+        "tests/recipes/test_report_stage.py -k warning_in_the_card",
+    ),
+]
