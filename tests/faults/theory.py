@@ -192,8 +192,8 @@ FAULTS = [
     Fault(
         "enumeration: temperature multiplies the logits",
         _LAW,
-        "logits[::stride, t].double() / temperature",
-        "logits[::stride, t].double() * temperature",
+        "level.double() / temperature",
+        "level.double() * temperature",
         "tests/theory/test_enumerable.py -k temperature",
     ),
     Fault(
