@@ -74,6 +74,15 @@ def test_a_table_shows_estimates_with_intervals_and_turns_when_it_is_wide():
     assert turned.columns == ("", "a against b") and turned.rows[3][0].text == "C3" and turned.rows[3][1].text == "3"
 
 
+def test_ends_beside_a_number_are_its_interval_and_a_hash_names_nothing():
+    """Rounds of online DPO as they are recorded: `kl`, `kl_low`, `kl_high`, and the hash of the policy."""
+    rounds = [{"policy": "ab" * 32, "kl": k, "kl_low": 0.0, "kl_high": 2.0, "reward": 0.5} for k in (0.5, 1.5)]
+    found = run(found={"course": rounds})
+    (table,) = tables(found.card, "f")
+    assert table.columns == ("policy", "kl", "reward") and "0.500 [0, 2.00]" in [c.text for c in grid(table).rows[0]]
+    assert "abab" not in frontier([found], ["r"])
+
+
 def test_dots_compare_rows_and_one_row_is_not_compared():
     """Win rates against one half, rewards and KL of models; the source has place and value."""
     by_name = {table.name: whiskers(table) for table in tables(run(found=EVALUATION).card, "run.json")}

@@ -25,6 +25,7 @@ from preftune.engine.lines import growing
 from preftune.errors import ArtifactError
 from preftune.recipes import study_frontier
 from preftune.recipes.comparison_configs import StudyConfig
+from preftune.recipes.report import page
 from preftune.recipes.study_frontier import Arm
 from preftune.recipes.study_pool import pooled
 from preftune.recipes.study_prepare import prepare
@@ -95,6 +96,8 @@ def main(cfg: StudyConfig) -> RunCard:
     seconds = round(time.monotonic() - began, 1)
     card = replace(card, status="done", results={"seconds": seconds, "runs": len(jobs), "verdicts": summary})
     replace_file(out / "run.json", f"{json.dumps(json.loads(to_json(card)), indent=1)}\n".encode())
+    if problem := page(out):
+        display.warn(problem)
     for verdict in summary:
         print(verdict)
     return card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -285,9 +286,10 @@ def _called(row: Mapping[str, Any], place: int) -> str:
     """What a row is about: its texts, else its first number, else its place."""
     if texts := _texts(row):
         return " against ".join(texts[:2]) if "other" in row else texts[0]
-    first = next(((key, value) for key, value in row.items() if finite(value)), ("row", place + 1))
-    return f"{first[0]} {first[1]:g}"
+    key, value = next(iter(row.items()), ("", None))
+    return f"{key} {value:g}" if finite(value) else f"row {place + 1}"
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    return [value for value in row.values() if isinstance(value, str) and value != "nan"]
+    texts = [value for value in row.values() if isinstance(value, str) and value != "nan"]
+    return [text for text in texts if not re.fullmatch("[0-9a-f]{40,}", text)]  # a hash is no name

@@ -48,6 +48,7 @@ def courses(stages: Sequence[tuple[str, Stage]]) -> Drawn:
 
 def _panel(course: Course, stages: Sequence[tuple[str, Stage]]) -> Panel | None:
     drawn: list[Curve] = []
+    files: list[str] = []
     about = [course.about] if course.about else []
     for index, (label, stage) in enumerate(stages):
         for key, name in course.keys.items():
@@ -60,13 +61,15 @@ def _panel(course: Course, stages: Sequence[tuple[str, Stage]]) -> Panel | None:
                 whose = f"{label}, {name}" if len(course.keys) > 1 else label
                 found = list(_among(stage, key, whose, index, list(course.keys).index(key)))
             drawn += found
+            files += [stage.file("metrics.jsonl")] * bool(found)
     if not drawn:
         return None
-    files = ", ".join(dict.fromkeys(stage.file("metrics.jsonl") for _, stage in stages))
-    source = f"{files}: {', '.join(course.keys)}"
-    return Panel(
-        title=course.title, curves=drawn, lines=course.lines, note=" ".join(dict.fromkeys(about)), source=source
+    source = f"{', '.join(dict.fromkeys(files))}: {', '.join(course.keys)}"
+    steps = (
+        "round" if all(stage.card.config.get("online") and not stage.train for _, stage in stages) else "optimizer step"
     )
+    note = " ".join(dict.fromkeys(about))
+    return Panel(title=course.title, curves=drawn, lines=course.lines, note=note, source=source, x_label=steps)
 
 
 def _alone(stage: Stage, key: str, name: str, colour: str, about: list[str]) -> Iterator[Curve]:

@@ -173,7 +173,8 @@ def _courses(runs: Sequence[RunFolder], names: Sequence[str]) -> Iterator[_Cours
         for stage in run.stages:
             if stage.train or stage.evaluated:
                 label = "/".join(part for part in (name if len(runs) > 1 else "", stage.name) if part)
-                kinds.setdefault(stage.card.stage, []).append((label or stage.card.stage, stage, run))
+                rounds = " in rounds" * bool(stage.card.config.get("online") and not stage.train)
+                kinds.setdefault(f"{stage.card.stage}{rounds}", []).append((label or stage.card.stage, stage, run))
     for kind, found in kinds.items():
         drawn = courses([(label, stage) for label, stage, _ in found])
         alone = found[0][1] if len(found) == 1 and found[0][1].name else None

@@ -179,7 +179,16 @@ def _tables(values: Mapping[str, Any], above: str, file: str) -> Iterator[Table]
                 continue
             rows = [{"name": key, **row} for key, row in objects.items()]
         if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-            yield Table(name=f"{above}{name}", rows=tuple(rows), source=f"{file}: results.{above}{name}")
+            folded = tuple(map(_folded, rows))
+            yield Table(name=f"{above}{name}", rows=folded, source=f"{file}: results.{above}{name}")
+
+
+def _folded(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`name` with `name_low` and `name_high` beside it becomes one estimate."""
+    whole = [key for key in row if {f"{key}_low", f"{key}_high"} <= set(row)]
+    parts = {f"{key}_{end}" for key in whole for end in ("low", "high")}
+    ends = {key: {"estimate": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]} for key in whole}
+    return {key: ends.get(key, value) for key, value in row.items() if key not in parts}
 
 
 def finite(value: Any) -> TypeGuard[float]:
