@@ -72,8 +72,7 @@ def config(out: Path, **keys: Any) -> FrontierConfig:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, start: Start, tmp_path: Path) -> Path:
     """`study frontier --fast` is a few runs of the tiny world, whose reference is there already."""
-    monkeypatch.setattr(study, "FAST", TINY)
-    monkeypatch.setitem(study.STUDIES, "frontier", FEW)
+    monkeypatch.setitem(study.STUDIES, "frontier", replace(study.STUDIES["frontier"], fast=TINY, fast_arms=FEW))
     (tmp_path / "out" / "worlds").mkdir(parents=True)
     (tmp_path / "out" / "worlds" / str(SEED)).symlink_to(start.folder)
     return tmp_path / "out"
@@ -105,6 +104,13 @@ def test_exact_gradients_reach_the_frontier_and_dpo_comes_close(start: Start, po
     assert policies["DPO"][-1].gap < 0.1
     reference = policies["Frontier"][0].reward
     assert min(policies[family][-1].reward for family in ("Exact gradient", "DPO")) > reference + 0.3
+
+
+def test_best_of_n_is_as_good_as_its_judge(policies: dict[str, Any]) -> None:
+    """The best of n by the truth rises with n and earns more than the best by a reward model that errs."""
+    true, learned = (policies[family] for family in ("Best of n, true reward", "Best of n"))
+    assert [point.reward for point in true] == sorted(point.reward for point in true)
+    assert all(t.reward > l.reward + 1e-6 for t, l in zip(true, learned, strict=True))
 
 
 def test_reinforcement_learning_finds_the_price_it_pays(policies: dict[str, Any]) -> None:

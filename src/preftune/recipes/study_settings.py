@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from preftune.recipes.policy_step import PpoKnobs
 
-__all__ = ["FAST", "FULL", "Course", "Reinforcement", "Setting"]
+__all__ = ["FAST", "FULL", "LONG", "SMALL", "TINY", "Course", "Reinforcement", "Setting"]
 
 PPO = PpoKnobs()
 
@@ -86,3 +86,34 @@ FAST = Setting(
     rloo=Reinforcement(Course(80, 64, 3e-3, "adamw", schedule="linear"), critic_lr=0.0),
     every=20,
 )
+SMALL = Setting(
+    letters=3,
+    prompts=4,
+    hidden=32,
+    demonstrations=4000,
+    sft=replace(FULL.sft, steps=200, batch_size=64),
+    pairs=4000,
+    preferences=replace(FULL.preferences, steps=120, warmup_steps=10),
+    reward=replace(FULL.reward, steps=200, warmup_steps=10),
+    exact=replace(FULL.exact, steps=60),
+    ppo=Reinforcement(replace(FULL.ppo.course, steps=120), critic_lr=1e-3),
+    rloo=Reinforcement(replace(FULL.rloo.course, steps=120), critic_lr=0.0),
+    every=40,
+)
+"""Of the studies that try many things, each with short runs."""
+TINY = replace(
+    SMALL,
+    letters=2,
+    hidden=16,
+    demonstrations=400,
+    sft=replace(SMALL.sft, steps=20),
+    pairs=400,
+    preferences=replace(SMALL.preferences, steps=8, batch_size=16, warmup_steps=0),
+    reward=replace(SMALL.reward, steps=8, batch_size=16, warmup_steps=0),
+    ppo=replace(SMALL.ppo, course=replace(SMALL.ppo.course, steps=8, batch_size=32)),
+    rloo=replace(SMALL.rloo, course=replace(SMALL.rloo.course, steps=8, batch_size=32)),
+    every=4,
+)
+"""Of their first look: everything runs, nothing is learned."""
+LONG = replace(SMALL, preferences=replace(SMALL.preferences, steps=300, schedule="constant"), every=75)
+"""Of what is asked after convergence."""
