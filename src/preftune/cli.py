@@ -3,7 +3,8 @@
 Keys are those of the stage's config (`recipes/configs.py`), the same in the YAML file and as flags; flags win;
 `-` and `_` are one. Exit codes: 0 done, 1 the run failed, 2 the input was refused, 130/143 stopped by a signal
 after a checkpoint. An error is one line on stderr (refused rows add one line each); PREFTUNE_DEBUG=1 adds the
-traceback. Nothing heavy is imported before the configuration is accepted: `--help` and refusals are immediate.
+traceback. Stages of PARALLEL, started by torchrun, share their work (`engine/parallel.py`). Nothing heavy
+is imported before the configuration is accepted: `--help` and refusals are immediate.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from preftune import __version__
+from preftune.engine import parallel
 from preftune.errors import ConfigError, PreftuneError
 
 if TYPE_CHECKING:
     from preftune.recipes.settings import Settings
 
-__all__ = ["STAGES", "main", "parse"]
+__all__ = ["PARALLEL", "STAGES", "main", "parse"]
 
 STAGES: Mapping[str, str] = {
     "quickstart": "the whole loop on the embedded world of film reviews; ends with report.html",
@@ -43,6 +45,9 @@ STAGES: Mapping[str, str] = {
 }
 """Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 
+PARALLEL = ("sft", "dpo", "reward", "ppo")
+"""Stages that several processes do together; the others would be done as often as there are processes."""
+
 _ENV = "versions and hardware, for bug reports"
 
 
@@ -53,11 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PreftuneError as problem:
         if os.environ.get("PREFTUNE_DEBUG"):
             traceback.print_exc()
-        print(f"preftune: {problem}", file=sys.stderr)
+        if parallel.failed(str(problem)):
+            print(f"preftune: {parallel.named()}{problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:  # before or after the part of a run that turns signals into checkpoints
         print("preftune: stopped", file=sys.stderr)
         return 130
+    except SystemExit:  # stopped by a signal: every rank at the same step, all is written
+        parallel.leave()
+        raise
+    except Exception as bug:
+        parallel.failed(f"{type(bug).__name__}: {bug}")
+        raise
 
 
 def _run(argv: list[str]) -> int:
@@ -70,7 +82,11 @@ def _run(argv: list[str]) -> int:
         _print_environment(argv[1:])
     else:
         stage, config = parse(argv)
+        if parallel.launched()[1] > 1 and (stage not in PARALLEL or getattr(config, "online", False)):
+            what = f"{stage} --online" if stage in PARALLEL else stage
+            raise ConfigError(f"{what} runs in one process; {', '.join(PARALLEL)} may be started by torchrun")
         _start(stage, config)
+        parallel.leave()
     return 0
 
 

@@ -9,6 +9,7 @@ parameters, so saving the model saves it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from preftune.engine.parallel import ALONE, World
 from preftune.engine.rounding import stochastic_round_
 from preftune.errors import ConfigError, NotFinite, ResumeMismatch, RunError
 
@@ -79,7 +81,8 @@ class Optimizer:
 
     `weight_decay` acts on weights with two or more dimensions (matrices, embeddings), never on biases and norm
     gains. `max_grad_norm` rescales the whole gradient to that length when it is longer; 0 or None leaves it alone.
-    `seed` drives the stochastic rounding of bf16 weights and nothing else.
+    `seed` drives the stochastic rounding of bf16 weights and nothing else. The gradients of all ranks of `world` are
+    one sum too, whose norm is clipped: every rank takes the same step to the last bit.
 
     Raises ConfigError on an unknown name, an impossible value, a model without trainable parameters or with
     trainable parameters of another dtype than float32, float64 and bfloat16.
@@ -93,13 +96,14 @@ class Optimizer:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         seed: int = 0,
+        world: World = ALONE,
     ) -> None:
         if name not in OPTIMIZERS:
             raise ConfigError(f"optimizer {name!r} is unknown; allowed: {', '.join(OPTIMIZERS)}")
         for knob, value in (("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm or 0.0)):
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{knob} {value} is impossible; it must be a finite number >= 0")
-        self.name, self.seed, self._longest = name, seed, max_grad_norm or math.inf
+        self.name, self.seed, self._longest, self._world = name, seed, max_grad_norm or math.inf, world
         self._weights = [_own(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not self._weights:
             raise ConfigError("the model has no trainable parameter: every one has requires_grad=False")
@@ -124,6 +128,7 @@ class Optimizer:
         reached any parameter.
         """
         assert step >= 1 and 0 <= lr < math.inf, (step, lr)
+        self._add_up_ranks(step)
         moved = [w for w in self._weights if w.master.grad is not None]
         norm = self._gradient_norm(step, moved)
         if norm > self._longest:
@@ -183,6 +188,25 @@ class Optimizer:
         """Size of `tensors()` once every parameter has taken a step: what a checkpoint will need on disk."""
         moments = sum(kind != "step" for kind in self._moments)
         return sum(w.compute.nbytes + w.master.nbytes * (moments + (w.master is not w.compute)) for w in self._weights)
+
+    def fingerprint(self) -> str:
+        """A hash of the sums of the bits of weights and masters: equal on every rank that trains the same model."""
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        held = [t.detach().view(words[t.element_size()]) for w in self._weights for t in (w.compute, w.master)]
+        sums = torch.stack([bits.sum(dtype=torch.int64) for bits in held])
+        return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]
+
+    def _add_up_ranks(self, step: int) -> None:
+        """One gradient on all ranks. Where a rank had no micro-batch, or none that reached a weight, it adds zeros."""
+        if self._world.size == 1:
+            return
+        reached = torch.tensor([float(w.master.grad is not None) for w in self._weights])
+        self._world.add_up([reached], f"the gradients of step {step}")
+        moved = [w for w, count in zip(self._weights, reached.tolist(), strict=True) if count]
+        for weight in moved:
+            if weight.master.grad is None:
+                weight.master.grad = torch.zeros_like(weight.master)
+        self._world.add_up([_gradient(w) for w in moved], f"the gradients of step {step}")
 
     def _gradient_norm(self, step: int, moved: list[_Weight]) -> float:
         if not moved:

@@ -5,7 +5,8 @@
                     "metrics": {"loss": 0.69, ...}}, time in seconds since 1970, see `jsonable` for NaN
     .lock           held while a process works in the folder; the kernel frees it however that process ends
 
-A card that says `running` while nobody holds the lock belongs to a process that was killed.
+A card that says `running` while nobody holds the lock belongs to a process that was killed. Of several processes that
+train together (`parallel.py`) rank 0 alone writes and speaks.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any, Literal, Self
 from preftune.engine.card import continued, jsonable, new_card, read_card, refuse_other_inputs
 from preftune.engine.console import Display, headline
 from preftune.engine.files import replace_file
+from preftune.engine.parallel import World, world
 from preftune.errors import ResumeMismatch, RunError, UserError
 from preftune.records import RunCard, to_json
 
@@ -53,17 +55,22 @@ class Run:
     by an error records `failed` with the message.
     """
 
-    def __init__(self, folder: Path, card: RunCard, earlier: RunCard | None, lock: int, display: Display) -> None:
+    def __init__(
+        self, folder: Path, card: RunCard, earlier: RunCard | None, lock: int, display: Display, world: World
+    ) -> None:
         self.folder = folder
         self.card = card
+        self.world = world
+        """This process's place among those that make this run."""
         self.stop_signal: int | None = None
-        """The signal that asked to stop, None while there was none."""
+        """The signal that asked to stop, None while there was none, or while the ranks do not agree: `stopping`."""
+        self._asked = 0
         self._earlier = earlier
         self._lock = lock
         self._display = display
         self._step = self._total = 0
         self._handlers: dict[int, Any] = {}
-        self._metrics = open(folder / METRICS, "ab")  # noqa: SIM115  closed by __exit__
+        self._metrics = open(os.devnull if world.rank else folder / METRICS, "ab")  # noqa: SIM115  closed by __exit__
         self._write_card()
 
     @classmethod
@@ -84,7 +91,12 @@ class Run:
         Raises UserError (folder in use, taken, or impossible), ArtifactError (a card that cannot be read) and
         ResumeMismatch (another stage or config; the keys in `may_differ` may change).
         """
-        folder, display = Path(out), Display(quiet=quiet)
+        folder, all_ranks = Path(out), world()
+        display = Display(quiet=quiet or all_ranks.rank > 0)
+        if all_ranks.rank:
+            run = cls(folder, new_card(stage, config), None, os.open(os.devnull, os.O_RDWR), display, all_ranks)
+            all_ranks.same(jsonable(config), "settings")
+            return run
         lock = _take_lock(folder)
         try:
             earlier = _earlier_card(folder)
@@ -96,7 +108,7 @@ class Run:
             notes: tuple[str, ...] = ()
             if earlier is not None:
                 card, notes = continued(earlier, card, may_differ, folder)
-            run = cls(folder, card, earlier, lock, display)
+            run = cls(folder, card, earlier, lock, display, all_ranks)
         except OSError as error:
             os.close(lock)
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
@@ -107,6 +119,9 @@ class Run:
             notes = (f"nothing to resume in {folder}: starting from the beginning",)
         for note in notes:
             run.note(note)
+        if all_ranks.size > 1:
+            all_ranks.same(jsonable(config), "settings")
+            run.note(f"{all_ranks.size} processes share the work; rank 0 writes")
         return run
 
     def __enter__(self) -> Self:
@@ -130,8 +145,16 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk was reported when the line was written
                 self._metrics.close()
             os.close(self._lock)
-        if error is None and self.stop_signal is not None:
-            raise Stopped(self.stop_signal)
+        if error is None:
+            self.world.gather(0, "the end of the run")  # nobody leaves before everything is written
+            if self.stop_signal is not None:
+                raise Stopped(self.stop_signal)
+
+    def stopping(self) -> bool:
+        """Has a signal asked any rank to stop? All ranks ask at the same places and hear the same."""
+        if self.world.size > 1:
+            self.stop_signal = self.world.largest(self._asked, f"the end of step {self._step}") or None
+        return self.stop_signal is not None
 
     def note(self, text: str) -> None:
         """Say something the run had to decide, and keep it in the card (once, however often it is said)."""
@@ -171,7 +194,8 @@ class Run:
     def begin(self, total_steps: int, start_step: int) -> None:
         """Start, or go on after step `start_step`: metrics of later steps, which will be made again, are cut."""
         self._step, self._total = start_step, total_steps
-        self.rewind(start_step)
+        if not self.world.rank:
+            self.rewind(start_step)
         self._display.begin(self.card.stage, total_steps, start_step)
 
     def rewind(self, step: int) -> None:
@@ -227,7 +251,9 @@ class Run:
         return self.card
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stop_signal = number
+        self._asked = number
+        if self.world.size == 1:
+            self.stop_signal = number
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # the next one needs no Python to work
         self._display.stopping()
@@ -256,6 +282,8 @@ class Run:
             self._write_card()
 
     def _write_card(self) -> None:
+        if self.world.rank:
+            return
         path = self.folder / CARD
         with self._writing(path):
             text = json.dumps(json.loads(to_json(self.card)), indent=1, ensure_ascii=False, allow_nan=False)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from preftune.errors import ConfigError
 from preftune.models.attention import own_attention
-from preftune.records import Prompt, Response
+from preftune.records import Prompt, Response, from_json, to_json
 
 __all__ = ["Drawn", "draw", "encode_prompt", "plan", "sample"]
 
@@ -41,6 +41,16 @@ class Drawn:
     logps: tuple[float, ...]
     """Log-prob of each under the sampler, nats."""
     response: Response
+
+    def told(self) -> list[Any]:
+        """As JSON values, exact: what one process tells another."""
+        return [self.prompt, self.ids, self.logps, to_json(self.response)]
+
+    @classmethod
+    def of(cls, told: Sequence[Any]) -> Drawn:
+        """The inverse of `told`, after a round trip through JSON too."""
+        prompt, ids, logps, response = told
+        return cls(tuple(prompt), tuple(ids), tuple(logps), from_json(response))
 
 
 def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], **settings: Any) -> list[list[Response]]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from preftune.data.doctor import check_refusals, prepare
-from preftune.data.packing import StepPlan, micro_batches
+from preftune.data.packing import StepPlan, fed_tokens, micro_batches
 from preftune.data.sources import open_source
 from preftune.engine.checkpoint import Checkpoints, rng_state, set_rng_state
 from preftune.engine.memory import keep_freed_memory
 from preftune.engine.optim import Optimizer
+from preftune.engine.parallel import ALONE, World
 from preftune.engine.run import Run
 from preftune.engine.schedule import learning_rate
 from preftune.errors import ConfigError
@@ -46,6 +47,16 @@ class Batching:
     device: torch.device
     feed_last: bool = False
     """Whether responses are fed whole, for what reads their last token."""
+    world: World = ALONE
+
+    def share(self, groups: Sequence[TokenGroup]) -> list[TokenGroup]:
+        """This rank's part of the groups, in their order; the parts of all ranks cost the same number of fed tokens."""
+        return self.world.share(groups, self._cost)
+
+    def _cost(self, group: TokenGroup) -> int:
+        if self.packed:
+            return fed_tokens(group, feed_last=self.feed_last)
+        return sum(len(group.prompt) + len(response) for response in group.responses)
 
     def __call__(self, groups: Sequence[TokenGroup]) -> Iterator[PackedBatch]:
         for batch in micro_batches(
@@ -86,7 +97,7 @@ def open_model(
     name: str, cfg: Machine, run: Run, *, role: str = "model", read: Callable[..., LoadedModel] = load
 ) -> tuple[LoadedModel, Batching]:
     """`read` a model on the configured device and dtype, and decide between packed and padded rows."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    device = torch.device(run.world.device(cfg.device))
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[automatic if cfg.dtype == "auto" else cfg.dtype]
     if device.type == "cpu":
@@ -101,7 +112,8 @@ def open_model(
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
         loaded.model.train()  # transformers checkpoints in training mode only; dropout is 0 everywhere
     pad_id = loaded.tokenizer.pad_token_id
-    return loaded, Batching(cfg.tokens_per_batch, reason is None, 0 if pad_id is None else pad_id, device)
+    pad_id = 0 if pad_id is None else pad_id
+    return loaded, Batching(cfg.tokens_per_batch, reason is None, pad_id, device, world=run.world)
 
 
 def read_data(
@@ -137,7 +149,8 @@ def _examine(
     run.record(data={role: facts | prepared.report.to_dict()})
     for line in (f"{role} data {path}: {source.format}", *prepared.report.summary_lines()):
         run.note(line)
-    check_refusals(prepared.report, cfg.allow_refused, write_to=run.folder / f"refused-{role}.txt")
+    write_to = None if run.world.rank else run.folder / f"refused-{role}.txt"
+    check_refusals(prepared.report, cfg.allow_refused, write_to=write_to)
     return prepared.groups, prepared.report.prompt_keys
 
 
@@ -170,6 +183,7 @@ class Loop:
             weight_decay=cfg.weight_decay,
             max_grad_norm=cfg.max_grad_norm,
             seed=cfg.seed,
+            world=run.world,
         )
         whole = cfg.epochs * plan.steps_per_epoch
         self.total_steps = min(cfg.max_steps or whole, whole)
@@ -182,13 +196,15 @@ class Loop:
         self._checkpoints.check_space((self._checkpoints.keep + 1) * size)
         if cfg.resume:
             self._restore(self._checkpoints)
+        run.world.same([facts["sha256"] for facts in run.card.data.values()], "hash of the data")
+        self._agree()
 
     def steps(self) -> Iterator[tuple[int, list[TokenGroup], float]]:
         """(step counted from 1, its groups, its learning rate) until the end, a stop signal, or no more improvement."""
         cfg, run = self.cfg, self.run
         run.begin(self.total_steps, self.step)
         saved = self.step
-        while self.step < self.total_steps and not self._out_of_patience and run.stop_signal is None:
+        while self.step < self.total_steps and not self._out_of_patience and not run.stopping():
             epoch, position = divmod(self.step, self.plan.steps_per_epoch)
             self.step += 1
             lr = learning_rate(
@@ -236,6 +252,8 @@ class Loop:
             self.run.evaluated(self.step, numbers)
         told = {name: number for name, number in numbers.items() if not isinstance(number, list)}  # no quantiles
         self.run.record(results={"steps": self.step, **told})
+        if self.run.world.rank:
+            return self.run.finish({})
         card = model_card(self.run.card, base_model=self.cfg.model, method=method)
         save(self.model.model, self.model.tokenizer, self.run.folder / "model", state=None, card=card)
         return finish(self.run, {})
@@ -244,13 +262,24 @@ class Loop:
     def _out_of_patience(self) -> bool:
         return self.cfg.early_stop > 0 and self._patience["waited"] >= self.cfg.early_stop
 
+    def _agree(self) -> None:
+        """Raise RunError where the ranks do not hold the same weights."""
+        if self.run.world.size > 1:
+            prints = [optimizer.fingerprint() for optimizer in (self.optimizer, *self._further.values())]
+            self.run.world.same(prints, f"hash of the weights after step {self.step}")
+
     def _save(self, where: Checkpoints) -> None:
+        """Rank 0 writes what is the same on all ranks, and they make sure of that."""
+        self._agree()
+        if self.run.world.rank:
+            return
         state = {"step": self.step, "rng": rng_state(), "patience": self._patience, "memory": dict(self.memory)}
         further = {f"{name}/{key}": t for name, other in self._further.items() for key, t in other.tensors().items()}
         where.save(self.step, {**self.optimizer.tensors(), **self._tensors, **further}, state)
 
     def _restore(self, where: Checkpoints) -> None:
         checkpoint = where.latest(self.run.note)
+        self.run.world.same(checkpoint and checkpoint.step, "step of the newest whole checkpoint")
         if checkpoint is None:
             return
         own = dict(checkpoint.tensors)

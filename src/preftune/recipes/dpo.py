@@ -25,7 +25,7 @@ from preftune.recipes.meters import PreferenceMeter
 from preftune.recipes.online import run_rounds
 from preftune.recipes.preferences import read_preferences
 from preftune.recipes.reference import LiveReference, Reference, certify_start
-from preftune.recipes.step import Scorer, accumulate, score_all
+from preftune.recipes.step import Scorer, accumulate, score_together
 from preftune.records import RunCard
 from preftune.tensors import TokenGroup
 
@@ -53,7 +53,7 @@ def train(cfg: DpoConfig) -> RunCard:
         score = Scorer(policy.model, objective, reference)
         if reference:
             first = plan.groups_of(0, 0)
-            certify_start(score_all(score, batching(first)), first, objective, reference, policy.model.dtype, run)
+            certify_start(*score_together(score, batching, first), objective, reference, policy.model.dtype, run)
         live = reference if isinstance(reference, LiveReference) else None
 
         loop = Loop(
@@ -63,15 +63,15 @@ def train(cfg: DpoConfig) -> RunCard:
         clock = Clock()
         for step, groups, lr in loop.steps():
             meter = PreferenceMeter(objective)
-            batches = list(batching(groups))
+            batches = list(batching(batching.share(groups)))
             clock.lap("batches")
-            loop.memory = accumulate(score, batches, loop.memory, meter, clock)
+            loop.memory = accumulate(score, batches, loop.memory, meter, clock, step=groups, world=run.world)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
             if live:
                 live.after_step(step, policy.model)
             clock.lap("optimizer")
-            run.after_step(step, meter.metrics(clock, batches) | {"grad_norm": grad_norm, "lr": lr})
+            run.after_step(step, meter.metrics(clock, batches, run.world) | {"grad_norm": grad_norm, "lr": lr})
             if held_out and loop.due(cfg.eval_every):
                 loop.evaluated(evaluate(score, batching, held_out, loop.memory))
                 clock = Clock()
@@ -101,9 +101,7 @@ def reference_for(
 def evaluate(score: Scorer, batching: Batching, groups: Sequence[TokenGroup], state: State) -> dict[str, Any]:
     """The objective and the rewards on held-out rows, with 95 % intervals; nothing the losses remember is changed."""
     objective = score.objective
-    batches = list(batching(groups))
-    ordered = [group for batch in batches for group in batch.groups]
-    logps = score_all(score, batches)
+    logps, ordered = score_together(score, batching, groups)
     meter = PreferenceMeter(objective)
     meter.add(ordered, logps, objective.evaluate(logps, ordered, state), state)
     return meter.held_out()

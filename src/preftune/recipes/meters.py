@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from preftune.engine.clock import Clock
+from preftune.engine.parallel import ALONE, World
 from preftune.equations.kl import forward_kl
 from preftune.equations.objective import Objective, State, TermValues
 from preftune.equations.stats import mean_interval, quantiles, wilson
@@ -74,9 +75,17 @@ class PreferenceMeter:
         for collected in self._terms:
             collected.refuse_not_finite()
 
-    def metrics(self, clock: Clock, batches: Sequence[PackedBatch]) -> dict[str, Any]:
+    def join(self, world: World) -> None:
+        """Take in what the other ranks collected: afterwards every rank has the rows of the whole step."""
+        if world.size > 1:
+            sizes = world.gather(self._responses, "the numbers of the step")
+            for collected in (*self._terms, self._pairs, self._labelled, self._drift):
+                collected.join(world, sizes)
+            self._responses = sum(sizes)
+
+    def metrics(self, clock: Clock, batches: Sequence[PackedBatch], world: World = ALONE) -> dict[str, Any]:
         """Every number of a training step; `clock` has the seconds of its phases, `batches` what was computed."""
-        return self._numbers() | speed(clock, batches, "pair", len(self._terms[0].owners))
+        return self._numbers() | speed(clock, batches, "pair", len(self._terms[0].owners), world)
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; loss and margin carry 95 % intervals, over prompts and over pairs."""
@@ -188,9 +197,13 @@ class TokenMeter:
         """Raise NotFinite, naming the rows, when a loss is NaN or infinite."""
         self._collected.refuse_not_finite()
 
-    def metrics(self, clock: Clock) -> dict[str, Any]:
+    def join(self, world: World) -> None:
+        """Take in what the other ranks collected."""
+        self._collected.join(world)
+
+    def metrics(self, clock: Clock, world: World = ALONE) -> dict[str, Any]:
         """Every number of a training step; `clock` has the seconds of its phases."""
-        return self._numbers() | speed(clock, self._batches, "response", len(self._collected.owners))
+        return self._numbers() | speed(clock, self._batches, "response", len(self._collected.owners), world)
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; the loss, a ratio of sums, carries a 95 % interval over responses."""
@@ -223,6 +236,20 @@ class Collected:
         self.owners += owners
         self.rows += len(columns[0])
 
+    def join(self, world: World, sizes: Sequence[int] = ()) -> None:
+        """The rows of all ranks, rank after rank; `sizes`: groups of each, by which `group_of` moves on."""
+        if world.size == 1:
+            return
+        columns = self._parts[0].shape[0] if self._parts else 0
+        mine = torch.cat(self._parts, dim=1).cpu() if self._parts else torch.zeros(0, 0)
+        parts = world.gather([self.owners, self.group_of, columns, mine.T.tolist()], "the numbers of the step")
+        starts = [sum(sizes[:rank]) for rank in range(world.size)]
+        columns = max(count for _, _, count, _ in parts)
+        table = torch.tensor([row for part in parts for row in part[3]]).reshape(-1, columns)
+        self.owners = [owner for owners, *_ in parts for owner in owners]
+        self.group_of = [group + start for (_, of, *_), start in zip(parts, starts, strict=True) for group in of]
+        self._parts, self.rows = [table.T], len(table)
+
     def table(self) -> NDArray[np.float64]:
         """[columns, rows], the one read of the device."""
         return torch.cat(self._parts, dim=1).double().cpu().numpy()
@@ -240,10 +267,14 @@ class Collected:
         )
 
 
-def speed(clock: Clock, batches: Sequence[PackedBatch], unit: str, rows: int) -> dict[str, float]:
-    """Tokens and rows per second, padding, and the shares of the phases, of what was computed in one step."""
+def speed(clock: Clock, batches: Sequence[PackedBatch], unit: str, rows: int, world: World = ALONE) -> dict[str, float]:
+    """Tokens and rows per second, padding, and the shares of the phases, of what was computed in one step.
+
+    `batches` are this rank's and `rows` those of all ranks; seconds and shares are this rank's.
+    """
     seconds, shares = clock.read()
-    tokens, slots = sum(b.real_tokens for b in batches), sum(b.input_ids.numel() for b in batches)
+    mine = [sum(b.real_tokens for b in batches), sum(b.input_ids.numel() for b in batches)]
+    tokens, slots = map(sum, zip(*world.gather(mine, "the numbers of the step"), strict=True))
     return {
         "unique_tokens": tokens,
         "padding_fraction": 1 - tokens / slots,

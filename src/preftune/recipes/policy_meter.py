@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from preftune.engine.parallel import ALONE, World
 from preftune.recipes.rollouts import Rollout
 
 __all__ = ["Means", "rollout_metrics"]
@@ -42,5 +43,9 @@ class Means:
             self._sums[name] = self._sums[name] + weight * value
             self._weights[name] += weight
 
-    def means(self) -> dict[str, float]:
-        return {name: float(total) / self._weights[name] for name, total in self._sums.items()}
+    def means(self, world: World = ALONE) -> dict[str, float]:
+        """Over what all ranks have seen."""
+        mine = {name: [float(total), self._weights[name]] for name, total in self._sums.items()}
+        parts = world.gather(mine, "the numbers of the step")
+        found = {name: [part[name] for part in parts if name in part] for part in parts for name in part}
+        return {name: sum(t for t, _ in seen) / sum(w for _, w in seen) for name, seen in found.items()}

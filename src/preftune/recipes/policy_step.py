@@ -95,8 +95,8 @@ def ppo_update(
     seen = Means()
     first = (update - 1) * knobs.epochs * knobs.minibatches + 1
     for step, groups in enumerate(_minibatches(rollout.groups, knobs, seed, update), start=first):
-        batches = list(batching(groups))
-        tokens = sum(len(batch.targets) for batch in batches)
+        batches = list(batching(batching.share(groups)))
+        tokens = sum(len(response) for group in groups for response in group.responses)
         for batch, rows in zip(batches, rows_of(batches, rollout.groups), strict=True):
             old, advantage, value, target = _tokens(rows, mask, rollout.logps, advantages, rollout.values, returns)
             logps = score_tokens(policy.model, batch, temperature=rollout.temperature).logps
@@ -119,7 +119,7 @@ def ppo_update(
                 seen.add(len(old), first_approx_kl=approx_kl(logps, old))
         seen.add(1, grad_norm=policy.optimizer.step(step, lr), critic_grad_norm=critic.optimizer.step(step, critic_lr))
     explained = 1 - raw[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12)
-    return seen.means() | {
+    return seen.means(batching.world) | {
         "value_mean": float(rollout.values[mask].mean()),
         "return_mean": float(returns[mask].mean()),
         "return_var": float(returns[mask].var(correction=0)),
@@ -143,8 +143,8 @@ def rloo_update(
     advantages = torch.cat([
         rloo_advantages(own[None])[0] if len(own) >= 2 else torch.zeros_like(own) for own in returns.split(sizes)
     ])  # fmt: skip
-    batches, seen = list(batching(groups)), Means()
-    responses = sum(len(batch.lengths) for batch in batches)
+    batches, seen = list(batching(batching.share(groups))), Means()
+    responses = sum(len(group.responses) for group in groups)
     for batch, rows in zip(batches, rows_of(batches, rollout.groups), strict=True):
         (old,) = _tokens(rows, rollout.mask, rollout.logps)
         logps = score_tokens(policy.model, batch, temperature=rollout.temperature).logps
@@ -153,7 +153,7 @@ def rloo_update(
         seen.add(len(loss), policy_loss=loss.detach().mean())
         seen.add(len(old), first_approx_kl=approx_kl(logps, old))
     seen.add(1, grad_norm=policy.optimizer.step(update, lr))
-    return seen.means() | {
+    return seen.means(batching.world) | {
         "advantage_std": float(advantages.std(correction=0)),
         "alone": sum(size < 2 for size in sizes),
     }

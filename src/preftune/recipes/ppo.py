@@ -66,7 +66,7 @@ def main(cfg: PpoConfig) -> RunCard:
         plan = StepPlan([group for group, _ in asked], batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
         first = [prompt_of[id(group)] for group in plan.groups_of(0, 0)]
         scale = reference_scores(cfg, models, first, reward, sampling, run) if cfg.standardise else None
-        critic, within = critic_learner(cfg, models), Within.of(policy.model, cfg.max_kl)
+        critic, within = critic_learner(cfg, models, run.world), Within.of(policy.model, cfg.max_kl)
         loop = Loop(
             cfg, run, plan, policy, peak_lr=cfg.lr, memory={"kl_coef": cfg.kl_coef, "spent": False},
             tensors=within.tensors, further={"critic": critic.optimizer} if critic else {},

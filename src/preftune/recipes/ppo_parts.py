@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from preftune.data.prompts import distinct_prompts
 from preftune.data.sources import open_source
 from preftune.engine.optim import Optimizer
+from preftune.engine.parallel import ALONE, World
 from preftune.engine.run import Run
 from preftune.errors import ConfigError, DataError, RunError
 from preftune.judges.scores import Scorer
-from preftune.models.generate import draw, encode_prompt, plan
+from preftune.models.generate import encode_prompt, plan
 from preftune.models.load import LoadedModel
 from preftune.models.reward_head import load_reward_model
 from preftune.models.value_head import critic_of
 from preftune.recipes.common import Batching, open_model
 from preftune.recipes.policy_step import Learner
 from preftune.recipes.rl_configs import PpoConfig
-from preftune.recipes.rollouts import Models, Sampling, scored
+from preftune.recipes.rollouts import Models, Sampling, answered
 from preftune.records import Prompt
 from preftune.tensors import TokenGroup
 
@@ -163,7 +164,7 @@ class Within:
             weight.copy_(mine)
 
 
-def critic_learner(cfg: PpoConfig, models: Models) -> Learner | None:
+def critic_learner(cfg: PpoConfig, models: Models, world: World = ALONE) -> Learner | None:
     """The critic with an optimizer like the policy's; None for RLOO."""
     if models.critic is None:
         return None
@@ -173,6 +174,7 @@ def critic_learner(cfg: PpoConfig, models: Models) -> Learner | None:
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
         seed=cfg.seed,
+        world=world,
     )
     return Learner(models.critic, optimizer)
 
@@ -199,11 +201,10 @@ def reference_scores(
     cfg: PpoConfig, models: Models, prompts: Sequence[Prompt], reward: Scorer, sampling: Sampling, run: Run
 ) -> list[float]:
     """Scores of the reference's responses to some prompts: the scale of `--standardise`."""
-    drawn = draw(
-        models.reference, models.tokenizer, prompts, n=sampling.n, temperature=sampling.temperature,
-        max_tokens=sampling.max_tokens, seed=draw_seed(cfg, 0), batch_size=sampling.at_once,
-    )  # fmt: skip
-    found = [score for row in scored(reward, prompts, drawn) for score in row if math.isfinite(score)]
+    _, scores = answered(
+        models.reference, models.tokenizer, prompts, reward, sampling, run.world, seed=draw_seed(cfg, 0)
+    )
+    found = [score for row in scores for score in row if math.isfinite(score)]
     if len(set(found)) < 2:
         raise RunError(f"{len(found)} scores of the reference's responses set no scale; leave standardise out")
     run.note(f"scores are standardised: mean 0, deviation 1 on {len(found)} responses of the reference")

@@ -54,15 +54,21 @@ class Reference:
             "dtype": str(next(loaded.model.parameters()).dtype),
             "rows": "packed" if batching.packed else "padded",
         }
-        cache = ReferenceCache(identity)
-        missing = cache.missing(groups)
-        run.note(f"reference log-probs: {len(groups) - len(missing)} groups cached, {len(missing)} to compute")
+        cache, world = ReferenceCache(identity), run.world
+        missing = cache.missing(batching.share(groups))
+        lacking = world.gather(len(missing), "the reference")
+        run.note(f"reference log-probs: {len(groups) - sum(lacking)} groups cached, {sum(lacking)} to compute")
         with torch.no_grad(), run.working("reference", len(missing)) as advance:
-            for start in range(0, len(missing), GROUPS_AT_ONCE):
+            for start in range(0, max(lacking), GROUPS_AT_ONCE):
                 for batch in batching(missing[start : start + GROUPS_AT_ONCE]):
                     cache.append(batch.groups, score(loaded.model, batch))
                     advance(len(batch.groups))
+                if run.stopping():  # all ranks at the same place
+                    cache.flush()
+                    advance(0)
             cache.flush()
+        if world.size > 1:
+            world.same(len(cache.missing(groups)), "number of reference log-probs that the cache lacks")
         return cls(cache, same_weights=loaded.weights_sha256 == policy.weights_sha256)
 
     def lookup(self, batch: PackedBatch) -> Tensor:

@@ -67,7 +67,7 @@ def main(cfg: RewardConfig) -> RunCard:
         for step, groups, lr in loop.steps():
             meter = RewardMeter(cfg.unit)
             step_weight = total_weight(groups) if cfg.loss == "bt" else sum(group.weight for group in groups)
-            batches = list(batching(groups))
+            batches = list(batching(batching.share(groups)))
             clock.lap("batches")
             for batch in batches:
                 rewards_R = reward(model.model, batch)
@@ -77,10 +77,11 @@ def main(cfg: RewardConfig) -> RunCard:
                 step_loss.backward()
                 clock.lap("backward")
                 meter.add(batch, rewards_R, values, weight)
+            meter.join(run.world)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
             clock.lap("optimizer")
-            run.after_step(step, meter.metrics(clock, batches) | {"grad_norm": grad_norm, "lr": lr})
+            run.after_step(step, meter.metrics(clock, batches, run.world) | {"grad_norm": grad_norm, "lr": lr})
             if held_out and loop.due(cfg.eval_every):
                 loop.evaluated(evaluate(cfg, model.model, batching, held_out))
                 clock = Clock()
@@ -109,20 +110,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss, accuracy, calibration and the longest-wins baseline on held-out comparisons, with 95 % intervals."""
     meter = RewardMeter(cfg.unit, offset)
-    for batch in batching(groups):
+    for batch in batching(batching.share(groups)):
         rewards_R = reward(model, batch)
         meter.add(batch, rewards_R, *losses(cfg, rewards_R, batch))
+    meter.join(batching.world)
     return meter.held_out()
 
 
 @torch.no_grad()
 def centre(model: Any, batching: Batching, samples: Sequence[TokenGroup]) -> dict[str, float]:
     """Set the model's `reward_offset` to the mean reward of the samples: a row of weight 2 counts twice."""
-    rewards, weights = [], []
-    for batch in batching(samples):
-        rewards.append(reward(model, batch).double())
+    rewards, weights = list[float](), list[float]()
+    for batch in batching(batching.share(samples)):
+        rewards += reward(model, batch).double().tolist()
         weights += [group.weight for group in batch.groups for _ in group.responses]
-    values, weight = torch.cat(rewards).cpu().numpy(), np.array(weights)
+    parts = batching.world.gather([rewards, weights], "the rewards of the reference samples")
+    values, weight = (np.array([x for part in parts for x in part[i]]) for i in (0, 1))
     offset = float(np.average(values, weights=weight))
     setattr(model.config, OFFSET, offset)
     std = float(np.sqrt(np.average((values - offset) ** 2, weights=weight)))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from preftune.engine.clock import Clock
+from preftune.engine.parallel import ALONE, World
 from preftune.equations.stats import Interval, mean_interval
 from preftune.evaluation.calibration import Calibration, calibrate, wins
 from preftune.recipes.meters import Collected, speed
@@ -38,9 +39,16 @@ class RewardMeter:
         """Raise NotFinite, naming the rows, when a loss is NaN or infinite."""
         self._loss.refuse_not_finite()
 
-    def metrics(self, clock: Clock, batches: Sequence[PackedBatch]) -> dict[str, Any]:
+    def join(self, world: World) -> None:
+        """Take in what the other ranks collected."""
+        self._loss.join(world)
+        self._pairs.join(world)
+        prompts = world.gather([prompt.hex() for prompt in self._prompts], "the numbers of the step")
+        self._prompts = [bytes.fromhex(prompt) for part in prompts for prompt in part]
+
+    def metrics(self, clock: Clock, batches: Sequence[PackedBatch], world: World = ALONE) -> dict[str, Any]:
         """Every number of a training step; `clock` has the seconds of its phases, `batches` what was computed."""
-        return self._numbers() | speed(clock, batches, self._unit, self._loss.rows)
+        return self._numbers() | speed(clock, batches, self._unit, self._loss.rows, world)
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; those with `_low` and `_high` beside them carry 95 % intervals.

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from preftune.engine.parallel import World
 from preftune.equations.policy_gradient import standardised, with_missing_eos
 from preftune.errors import NotFinite, RunError
 from preftune.judges.scores import Scorer
@@ -31,7 +32,7 @@ from preftune.recipes.common import Batching
 from preftune.records import Prompt, Response
 from preftune.tensors import Ids, PackedBatch, TokenGroup
 
-__all__ = ["Models", "Rollout", "Sampling", "assemble", "roll_out", "rows_of", "scored"]
+__all__ = ["Models", "Rollout", "Sampling", "answered", "assemble", "roll_out", "rows_of", "scored"]
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,33 @@ def roll_out(
 
     Raises RunError when no response has a score, NotFinite on a log-prob or a value that is none.
     """
+    drawn, scores = answered(models.policy, models.tokenizer, prompts, score, sampling, batching.world, seed=seed)
+    return assemble(models, drawn, scores, batching, sampling, scale=scale)
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    score: Scorer,
+    sampling: Sampling,
+    world: World,
+    *,
+    seed: int,
+) -> tuple[list[list[Drawn]], list[list[float]]]:
+    """Responses and scores, [prompt][response]; each prompt is answered and scored by one rank and known to all."""
+    mine = world.share(range(len(prompts)), lambda i: 1)
+    asked = [prompts[i] for i in mine]
     drawn = draw(
-        models.policy, models.tokenizer, prompts, n=sampling.n, temperature=sampling.temperature,
+        model, tokenizer, asked, n=sampling.n, temperature=sampling.temperature,
         max_tokens=sampling.max_tokens, seed=seed, batch_size=sampling.at_once,
     )  # fmt: skip
-    return assemble(models, drawn, scored(score, prompts, drawn), batching, sampling, scale=scale)
+    scores = scored(score, asked, drawn)
+    if world.size == 1:
+        return drawn, scores
+    rows = [[i, [one.told() for one in row], found] for i, row, found in zip(mine, drawn, scores, strict=True)]
+    joined = sorted(row for part in world.gather(rows, "the rollout") for row in part)
+    return [[Drawn.of(told) for told in row] for _, row, _ in joined], [found for *_, found in joined]
 
 
 def scored(score: Scorer, prompts: Sequence[Prompt], drawn: Sequence[Sequence[Drawn]]) -> list[list[float]]:
@@ -181,7 +204,7 @@ def _measured(
     lengths = torch.tensor([len(response) for group in groups for response in group.responses])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     table = torch.zeros(4, *mask.shape, dtype=torch.promote_types(models.policy.dtype, torch.float32))
-    batches = list(batching(groups))
+    batches = list(batching(batching.share(groups)))
     for batch, rows in zip(batches, rows_of(batches, groups), strict=True):
         # Roles are exchanged: `divergence` is the KL of its reference from its policy, here of pi from pi_ref.
         both = score_tokens(
@@ -191,6 +214,7 @@ def _measured(
         values = torch.zeros_like(both.logps) if models.critic is None else token_values(models.critic, batch)
         found = torch.stack([both.reference, both.logps, both.divergence, values]).to(table)
         table[:, rows] = table[:, rows].masked_scatter(mask[rows].expand(4, -1, -1), found)
+    batching.world.add_up([table], "the log-probs of the rollout")  # a row is one rank's, and 0 on the others
     if not bool(table.isfinite().all()):
         raise NotFinite("a log-prob or a value of the rollout is NaN or infinite; lower the learning rate")
     return mask.to(batching.device), table.to(batching.device)

@@ -41,7 +41,7 @@ def main(cfg: SftConfig) -> RunCard:
         for step, groups, lr in loop.steps():
             meter = TokenMeter()
             step_tokens = sum(group.weight * len(r) for group in groups for r in group.responses)
-            for batch in batching(groups):
+            for batch in batching(batching.share(groups)):
                 clock.lap("batches")
                 values_C = negative_log_likelihood(score(model.model, batch))
                 step_loss = (values_C * token_weights(batch)).sum() / step_tokens
@@ -49,10 +49,11 @@ def main(cfg: SftConfig) -> RunCard:
                 step_loss.backward()
                 clock.lap("backward")
                 meter.add(batch, values_C)
+            meter.join(run.world)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
             clock.lap("optimizer")
-            run.after_step(step, meter.metrics(clock) | {"grad_norm": grad_norm, "lr": lr})
+            run.after_step(step, meter.metrics(clock, run.world) | {"grad_norm": grad_norm, "lr": lr})
             if held_out and loop.due(cfg.eval_every):
                 loop.evaluated(evaluate(model.model, batching, held_out))
                 clock = Clock()
@@ -67,6 +68,7 @@ def evaluate(model: nn.Module, batching: Batching, groups: Sequence[TokenGroup])
     """Loss and perplexity per completion token on held-out responses, with a 95 % interval over responses."""
     meter = TokenMeter()
     with torch.no_grad():
-        for batch in batching(groups):
+        for batch in batching(batching.share(groups)):
             meter.add(batch, negative_log_likelihood(score(model, batch)))
+    meter.join(batching.world)
     return meter.held_out()

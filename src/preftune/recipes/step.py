@@ -7,7 +7,8 @@ batch, a number remembered from earlier steps) needs every log-prob of the step 
     pass 2, one micro-batch at a time:   log-probs again -> backward with those numbers
 
 which is exact, costs one more forward, holds the activations of one micro-batch only, and is skipped when the step is
-a single micro-batch.
+a single micro-batch. Several processes are one more way to split: each has the step's totals and, of a coupled
+objective, the log-probs of the whole step.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from preftune.engine.clock import Clock
+from preftune.engine.parallel import ALONE, World
 from preftune.equations.objective import Objective, State
 from preftune.models.logprobs import score_tokens
+from preftune.recipes.common import Batching
 from preftune.recipes.meters import PreferenceMeter
 from preftune.recipes.reference import LiveReference, Reference
 from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup
 
-__all__ = ["Scorer", "accumulate", "score_all"]
+__all__ = ["Scorer", "accumulate", "score_all", "score_together"]
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,24 @@ class Scorer:
 
 
 def accumulate(
-    score: Scorer, batches: Sequence[PackedBatch], state: State, meter: PreferenceMeter, clock: Clock
+    score: Scorer,
+    batches: Sequence[PackedBatch],
+    state: State,
+    meter: PreferenceMeter,
+    clock: Clock,
+    *,
+    step: Sequence[TokenGroup] | None = None,
+    world: World = ALONE,
 ) -> State:
-    """Add the gradient of the step to the policy's parameters; returns what the losses remember after it."""
+    """Add the gradient of the step to the policy's parameters; returns what the losses remember after it.
+
+    `batches` are this rank's share of the groups of the `step`; none: they are the whole step.
+    """
     objective = score.objective
     groups = [group for batch in batches for group in batch.groups]
-    totals = objective.totals(groups)
-    if objective.coupled and len(batches) > 1:
-        return _in_two_passes(score, batches, groups, state, meter, clock)
+    totals = objective.totals(groups if step is None else step)
+    if objective.coupled and (len(batches) > 1 or world.size > 1):
+        return _in_two_passes(score, batches, groups if step is None else step, state, meter, clock, world)
     for batch in batches:
         logps = score(batch)
         state = objective.updated(logps, batch.groups, state)
@@ -75,6 +88,7 @@ def accumulate(
         share.backward()
         clock.lap("backward")
         meter.add(batch.groups, logps, found, state)
+    meter.join(world)
     return state
 
 
@@ -85,15 +99,16 @@ def _in_two_passes(
     state: State,
     meter: PreferenceMeter,
     clock: Clock,
+    world: World,
 ) -> State:
     objective = score.objective
-    whole = _leaves(score_all(score, batches))
+    joined, groups, starts = _joined(score, batches, groups, world)
+    whole = _leaves(joined)
     state = objective.updated(whole, groups, state)
     found = objective.evaluate(whole, groups, state)
     objective.share(found, objective.totals(groups)).backward()
     meter.add(groups, whole, found, state)
     clock.lap("forward")
-    starts = {"responses": 0, "tokens": 0}
     for batch in batches:
         outputs, gradients = [], []
         for name, part in _columns(score(batch)):
@@ -115,6 +130,36 @@ def score_all(score: Scorer, batches: Iterable[PackedBatch]) -> ResponseLogps:
         parts = [score(batch) for batch in batches]
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name, _ in _columns(parts[0])}
     return replace(parts[0], **joined)
+
+
+def score_together(
+    score: Scorer, batching: Batching, groups: Sequence[TokenGroup]
+) -> tuple[ResponseLogps, list[TokenGroup]]:
+    """Every response of the groups without gradient, each scored by one rank and known to all; in which order."""
+    batches = list(batching(batching.share(groups)))
+    return _joined(score, batches, groups, batching.world)[:2]
+
+
+def _joined(
+    score: Scorer, batches: Sequence[PackedBatch], groups: Sequence[TokenGroup], world: World
+) -> tuple[ResponseLogps, list[TokenGroup], dict[str, int]]:
+    """The responses of all ranks, their groups in that order, and where this rank's responses and tokens start."""
+    own = [group for batch in batches for group in batch.groups]
+    if world.size == 1:
+        return score_all(score, batches), own, {"responses": 0, "tokens": 0}
+    place = {id(group): i for i, group in enumerate(groups)}
+    columns = {name: column.tolist() for name, column in _columns(score_all(score, batches))} if own else {}
+    parts = world.gather([columns, [place[id(group)] for group in own]], "the log-probs of the step")
+    like = next(score.policy.parameters())
+    dtype, held = torch.promote_types(like.dtype, torch.float32), [columns for columns, order in parts if order]
+    joined = {
+        name: torch.tensor([x for part in held for x in part[name]], dtype=dtype, device=like.device)
+        for name in held[0]
+    }  # fmt: skip
+    before = [groups[i] for _, order in parts[: world.rank] for i in order]
+    starts = {"responses": sum(len(group.responses) for group in before)}
+    starts["tokens"] = sum(len(response) for group in before for response in group.responses)
+    return ResponseLogps(**joined), [groups[i] for _, order in parts for i in order], starts
 
 
 def _columns(logps: ResponseLogps) -> Iterator[tuple[str, Tensor]]:
