@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Blocks", "Pull", "block_entries", "pull_back", "token_logprobs"]
+__all__ = ["Blocks", "Pull", "block_entries", "pull_back", "room_of", "token_logprobs"]
 
 # Logits held at a time: a few megabytes on a CPU (its cache), enough to fill an accelerator elsewhere.
 _BLOCK_ELEMENTS = {"cpu": 2**21}
@@ -70,6 +70,14 @@ def block_entries(hidden_Cd: Tensor, sides: int = 1) -> int:
     """How many vocabulary entries of all C tokens fit the room for logits when `sides` blocks are held at once."""
     elements = _BLOCK_ELEMENTS.get(hidden_Cd.device.type, _BLOCK_ELEMENTS_ELSE)
     return max(64, elements // (sides * max(1, len(hidden_Cd))))
+
+
+def room_of(tokens: float, entries: int, hidden: int, size: int, device: str) -> float:
+    """Bytes that `token_logprobs` holds for so many scored tokens, weights of `size` bytes: kept blocks, the block in
+    hand in both dtypes, and hidden states with their float32 gradient."""
+    logits = tokens * entries
+    in_hand = min(logits, _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS_ELSE)) * (4 + size if size < 4 else size)
+    return in_hand + min(logits * size, _KEPT_BYTES.get(device, _KEPT_BYTES_ELSE)) + tokens * hidden * (2 * size + 4)
 
 
 def _kept_blocks(hidden: Tensor, weight: Tensor, chunk: int) -> int:
