@@ -42,6 +42,11 @@ STAGES: Mapping[str, str] = {
     "evaluate": "models against a reference on the same prompts: reward, KL, win rates, drift, each with its interval",
     "report": "one page about one or several runs: results, curves, answers, data, settings and their differences",
     "study frontier": "reward against KL of every method beside the exact frontier, over seeds: figure, table, verdicts",
+    "study tuning": "is supervised learning easier to tune: random hyper-parameters of DPO, PPO and RLOO",
+    "study data": "does DPO depend on preference data: fewer pairs, flipped labels, prompts without labels",
+    "study anchor": "is the reference an anchor: KL against beta, with certain labels, without a reference",
+    "study shift": "does DPO generalise worse: reward and KL on other prompts and on longer ones",
+    "study length": "does DPO write longer: answers at equal KL under three truths about length",
 }
 """Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 

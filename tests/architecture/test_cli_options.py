@@ -11,6 +11,7 @@ TRAINING = (
     f"{READING} optimizer lr schedule warmup_steps max_grad_norm weight_decay batch_size epochs max_steps shuffle "
     "tokens_per_batch dtype device activation_checkpointing out eval_every early_stop save_every resume"
 )
+STUDIES = ("frontier", "tuning", "data", "anchor", "shift", "length")
 OPTIONS = {
     "quickstart": "out fast seed",
     "explain": "out text",
@@ -33,7 +34,7 @@ OPTIONS = {
     "evaluate": "model reference prompts format allow_refused max_prompts n temperature top_p max_tokens seed reward "
     "truth judge orders criteria allow_python against pairs lm_eval batch_size tokens_per_batch dtype device out resume",
     "report": "runs out",
-    "study frontier": "out seeds seed fast processes",
+    **dict.fromkeys((f"study {name}" for name in STUDIES), "out seeds seed fast processes"),
 }
 
 

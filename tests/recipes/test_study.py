@@ -203,7 +203,7 @@ def test_lines_of_another_study_are_refused(
     study.main(config(small))
     before = (small / "results.jsonl").read_bytes()
     if "setting" in change:
-        monkeypatch.setattr(study, "FAST", change.pop("setting"))
+        monkeypatch.setitem(study.STUDIES, "frontier", replace(study.STUDIES["frontier"], fast=change.pop("setting")))
     with pytest.raises(ArtifactError, match="is no run of this study"):
         study.main(config(small, **change))
     assert (small / "results.jsonl").read_bytes() == before
@@ -241,6 +241,6 @@ def test_what_a_seed_needs_is_made_once(start: Start) -> None:
 
 
 def test_the_command_names_its_studies(capsys: pytest.CaptureFixture[str]) -> None:
-    """`preftune study` without a known name is refused with the stages there are."""
+    """`preftune study` without a known name is refused with one that there is."""
     assert command(["study", "moon"]) == 2
-    assert "study frontier" in capsys.readouterr().err
+    assert "did you mean study" in capsys.readouterr().err

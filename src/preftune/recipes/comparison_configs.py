@@ -14,7 +14,7 @@ from pydantic import model_validator as check
 from preftune.data.prompts import PROMPTS
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
-__all__ = ["EvaluateConfig", "FrontierConfig", "ReportConfig", "StudyConfig", "named_models"]
+__all__ = ["STUDY_CONFIGS", "EvaluateConfig", "FrontierConfig", "ReportConfig", "StudyConfig", "named_models"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -193,3 +193,40 @@ class FrontierConfig(StudyConfig):
     """Reward against KL of every method, beside the exact frontier."""
 
     study = "frontier"
+
+
+class TuningConfig(StudyConfig):
+    """Random hyper-parameters of DPO, PPO and RLOO: how many of them are good."""
+
+    study = "tuning"
+
+
+class DataConfig(StudyConfig):
+    """Fewer pairs, flipped labels, prompts without labels."""
+
+    study = "data"
+
+
+class AnchorConfig(StudyConfig):
+    """How far a policy goes from its reference."""
+
+    study = "anchor"
+
+
+class ShiftConfig(StudyConfig):
+    """Prompts of training, others, and longer ones."""
+
+    study = "shift"
+
+
+class LengthConfig(StudyConfig):
+    """How long answers become, at equal KL."""
+
+    study = "length"
+
+
+STUDY_CONFIGS: Mapping[str, type[Settings]] = {
+    f"study {config.study}": config
+    for config in (FrontierConfig, TuningConfig, DataConfig, AnchorConfig, ShiftConfig, LengthConfig)
+}
+"""Stage -> what it may be told."""

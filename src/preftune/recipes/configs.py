@@ -14,7 +14,7 @@ from pydantic import model_validator as check
 
 from preftune.data.formats import PREFERENCES
 from preftune.data.layouts import Layout
-from preftune.recipes.comparison_configs import EvaluateConfig, FrontierConfig, ReportConfig
+from preftune.recipes.comparison_configs import STUDY_CONFIGS, EvaluateConfig, ReportConfig
 from preftune.recipes.loop_configs import ExportConfig, ImportConfig, LabelConfig, Online, Page, SampleConfig
 from preftune.recipes.loss_facts import LOSS_FACTS
 from preftune.recipes.rl_configs import PpoConfig, Rollouts, Rules
@@ -183,7 +183,7 @@ CONFIGS: Mapping[str, type[Settings]] = {
     "ppo": PpoConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
-    "study frontier": FrontierConfig,
+    **STUDY_CONFIGS,
 }
 """Stage -> what it may be told."""
 

@@ -2,10 +2,11 @@
 
     seeds -> worlds (reference, reward model)      recipes/study_world.py
           -> runs, one JSON line each, on the disk when it is finished      OUT/results.jsonl
-          -> figures, tables, verdicts                 OUT/frontier.svg, OUT/study.md
+          -> figures, tables, verdicts                 OUT/NAME.svg, OUT/study.md
 
-A study is a module with its runs and a row in `STUDIES`. Killed at any instant and started again it continues: lines
-that are there are kept, and the same command gives the same numbers, in whatever order processes finished.
+A study is a module with its runs and a row in `study_table.STUDIES`. Killed at any instant and started again it
+continues: lines that are there are kept, and the same command gives the same numbers, in whatever order processes
+finished.
 """
 
 from __future__ import annotations
@@ -23,21 +24,17 @@ from preftune.engine.console import Display
 from preftune.engine.files import replace_file
 from preftune.engine.lines import growing
 from preftune.errors import ArtifactError
-from preftune.recipes import study_frontier
 from preftune.recipes.comparison_configs import StudyConfig
 from preftune.recipes.report import page
 from preftune.recipes.study_frontier import Arm
 from preftune.recipes.study_pool import pooled
 from preftune.recipes.study_prepare import prepare
-from preftune.recipes.study_report import write
-from preftune.recipes.study_settings import FAST, FULL, Setting
+from preftune.recipes.study_settings import Setting
+from preftune.recipes.study_table import STUDIES
 from preftune.recipes.study_world import begin
 from preftune.records import RunCard, to_json
 
 __all__ = ["STUDIES", "Job", "StudyConfig", "main"]
-
-STUDIES = {"frontier": study_frontier.ARMS}
-"""Name -> its runs of every seed; `study_frontier.run` makes one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Job:
     @property
     def identity(self) -> str:
         """What its numbers depend on besides the code: equal where a line that is there may be kept."""
-        foreign = {name for kind, name in study_frontier.COURSES.items() if kind != self.arm.kind}
+        foreign = {name for kind, name in STUDIES[self.study].courses.items() if kind != self.arm.kind}
         setting = {name: value for name, value in asdict(self.setting).items() if name not in foreign}
         told = json.dumps([setting, asdict(self.arm)], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
@@ -61,7 +58,7 @@ class Job:
     def line(self) -> str:
         """Run it; the line of the results file."""
         began = time.process_time()
-        points = study_frontier.run(begin(self.folder, self.seed, self.setting), self.arm)
+        points = STUDIES[self.study].run(begin(self.folder, self.seed, self.setting), self.arm)
         told = {"study": self.study, "seed": self.seed, "family": self.arm.family, "setting": self.arm.setting}
         seconds = round(time.process_time() - began, 2)
         told |= {"identity": self.identity, "cpu_seconds": seconds, "points": [asdict(point) for point in points]}
@@ -70,9 +67,10 @@ class Job:
 
 def main(cfg: StudyConfig) -> RunCard:
     """Run what `OUT/results.jsonl` lacks, then draw and tell. Raises ConfigError, ArtifactError, RunError."""
-    out, display, setting = Path(cfg.folder()), Display(), FAST if cfg.fast else FULL
+    out, display, study = Path(cfg.folder()), Display(), STUDIES[cfg.study]
+    setting, arms = (study.fast, study.fast_arms or study.arms) if cfg.fast else (study.full, study.arms)
     seeds = range(cfg.seed, cfg.seed + (cfg.seeds or (2 if cfg.fast else 5)))
-    jobs = [Job(out / "worlds" / str(s), s, setting, cfg.study, arm) for s in seeds for arm in STUDIES[cfg.study]]
+    jobs = [Job(out / "worlds" / str(s), s, setting, cfg.study, arm) for s in seeds for arm in arms]
     began = time.monotonic()
     with growing(out / "results.jsonl", begins=f'{{"study": "{cfg.study}"') as file:
         done = finished(out / "results.jsonl", file.lines, jobs)
@@ -85,13 +83,13 @@ def main(cfg: StudyConfig) -> RunCard:
                 file.append([line])
                 told = json.loads(line)
                 last = told["points"][-1]
-                display.step(number, {"seed": told["seed"], "kl": last["kl"], "gap": last["gap"]})
+                display.step(number, {"seed": told["seed"], **{k: last[k] for k in ("kl", "gap") if k in last}})
         finally:
             display.end()
     order = {(job.seed, job.arm.family, job.arm.setting): i for i, job in enumerate(jobs)}
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     lines.sort(key=lambda line: order[line["seed"], line["family"], line["setting"]])
-    summary = write(out, cfg.study, lines)
+    summary = study.write(out, cfg.study, lines)
     card = new_card(f"study {cfg.study}", cfg.model_dump())
     seconds = round(time.monotonic() - began, 1)
     card = replace(card, status="done", results={"seconds": seconds, "runs": len(jobs), "verdicts": summary})

@@ -21,10 +21,11 @@ from preftune.recipes.step import Scorer
 from preftune.recipes.study_rl import ppo, rloo
 from preftune.recipes.study_training import exact_ascent, fit, preference
 from preftune.recipes.study_world import Point, Start
+from preftune.tensors import TokenGroup
 from preftune.theory.policy_gradient import Problem
 from preftune.worlds.enumerable import EOS_ID, Labels
 
-__all__ = ["ARMS", "Arm", "run"]
+__all__ = ["ARMS", "CERTAIN", "Arm", "losses", "on_pairs", "reinforced", "run"]
 
 BETAS = tuple(float(beta) for beta in np.geomspace(20, 0.02, 91))
 ODDS, CERTAIN = Labels(), Labels(deterministic=True)
@@ -89,9 +90,13 @@ def policy_gradient(start: Start, arm: Arm) -> list[Point]:
 
 def offline(start: Start, arm: Arm) -> list[Point]:
     """A loss of the table on comparisons of the reference's answers."""
+    return on_pairs(start, arm, start.pairs(arm.labels))
+
+
+def on_pairs(start: Start, arm: Arm, groups: list[TokenGroup]) -> list[Point]:
+    """The same on these comparisons."""
     course, model, points = start.setting.preferences, start.policy().model, list[Point]()
     objective = Objective((Term(1.0, LOSSES[arm.loss].bind(**arm.knobs)),))
-    groups = start.pairs(arm.labels)
     if "mismatched" in objective.needs:
         groups, _ = with_mismatched(groups, seed=start.seed, max_length=3 + start.world.max_tokens)
     reference = start.anchor(groups) if "reference" in objective.needs else None

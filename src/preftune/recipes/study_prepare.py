@@ -27,7 +27,7 @@ from preftune.tensors import TokenGroup
 from preftune.theory.enumerable import Completions
 from preftune.worlds.enumerable import EOS_ID, Labels, World
 
-__all__ = ["prepare"]
+__all__ = ["learned_rewards", "prepare"]
 
 
 def prepare(folder: Path, seed: int, setting: Setting) -> None:

@@ -10,9 +10,10 @@ enumeration, so it is taken often. A seed is a whole repetition: another grammar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,8 @@ class Start:
     """[P, M] the reward model's, 0 on average over the reference's responses."""
     cache: ReferenceCache
     batching: Batching
+    watch: Callable[[Any, int], None] = lambda model, step: None
+    """Shown every policy that is measured, and after how many steps."""
 
     def policy(self) -> LoadedModel:
         """A fresh copy of the reference to train."""
@@ -87,6 +90,7 @@ class Start:
 
     def measure(self, model: object, step: int) -> Point:
         """Where a policy stands."""
+        self.watch(model, step)
         return self.point(enumerated(model, self.world, self.prompts).logps, step)
 
     def point(self, logps: Tensor, step: int) -> Point:

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from preftune.equations.stats import Interval
 
-__all__ = ["FrontierPlot", "frontier_figure"]
+__all__ = ["INK", "LOOKS", "FrontierPlot", "frontier_figure", "style", "svg"]
 
 INK = {"light": "#1c1c1c", "dark": "#e8e8e8"}
 PAGE = {"light": "#ffffff", "dark": "#14161a"}
@@ -59,25 +59,18 @@ class FrontierPlot:
 
 def frontier_figure(plot: FrontierPlot, scheme: Literal["light", "dark"]) -> str:
     """An SVG file: left every run of every method, right the gap at matched KL with its band over seeds."""
-    ink, page = INK[scheme], PAGE[scheme]
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": "preftune", "font.size": 9.0, "axes.titlesize": 10.0,
-        "figure.facecolor": page, "axes.facecolor": page, "text.color": ink, "axes.labelcolor": ink,
-        "axes.titlecolor": ink, "axes.edgecolor": GRID[scheme], "xtick.color": ink, "ytick.color": ink,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID[scheme],
-        "grid.linewidth": 0.5, "axes.axisbelow": True, "axes.titlelocation": "left", "legend.frameon": False,
-    }  # fmt: skip
+    ink = INK[scheme]
     families = [family for family in plot.courses if family != "Frontier"]
     looks = {name: LOOKS.get(name, OTHER) for name in families}
     look = {name: (dark if scheme == "dark" else light, marker) for name, (light, dark, marker) in looks.items()}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style(scheme)):
         figure = Figure(figsize=(10.4, 5.6), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _runs(left, plot, look, ink)
         _gaps(right, plot, look)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8.5, handlelength=1.6)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _runs(axes: Axes, plot: FrontierPlot, look: Mapping[str, tuple[str, str]], ink: str) -> None:
@@ -117,7 +110,20 @@ def _top(plot: FrontierPlot) -> float:
     return 1.1 * max(gap.estimate for gaps in plot.gaps.values() for gap in gaps) + 1e-3
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The file as text: no date and no random names."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     return re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
+
+
+def style(scheme: Literal["light", "dark"]) -> dict[str, Any]:
+    """matplotlib's settings of a page in these colours."""
+    ink, page = INK[scheme], PAGE[scheme]
+    return {
+        "svg.fonttype": "none", "svg.hashsalt": "preftune", "font.size": 9.0, "axes.titlesize": 10.0,
+        "figure.facecolor": page, "axes.facecolor": page, "text.color": ink, "axes.labelcolor": ink,
+        "axes.titlecolor": ink, "axes.edgecolor": GRID[scheme], "xtick.color": ink, "ytick.color": ink,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID[scheme],
+        "grid.linewidth": 0.5, "axes.axisbelow": True, "axes.titlelocation": "left", "legend.frameon": False,
+    }  # fmt: skip
