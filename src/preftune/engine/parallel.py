@@ -13,6 +13,7 @@ exit code that is not 0; so does everybody when one of them fails.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import heapq
 import json
@@ -193,6 +194,7 @@ def world() -> World:
         timeout=timedelta(seconds=limit + 2 * DEAD_AFTER),  # the watch, which knows names, comes first
     )
     watch.start()
+    atexit.register(watch.stop)  # a thread inside the store when the interpreter goes would take it down
     return World(rank, size, local_rank, watch)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from preftune.engine.reference_cache import ReferenceCache
 from preftune.engine.run import Run
 from preftune.equations.objective import Objective
-from preftune.errors import ConfigError, ReferenceMismatch
+from preftune.errors import ArtifactError, ConfigError, ReferenceMismatch
 from preftune.models.load import LoadedModel
 from preftune.models.logprobs import score
 from preftune.recipes.common import Batching, open_model
@@ -67,8 +67,12 @@ class Reference:
                     cache.flush()
                     advance(0)
             cache.flush()
-        if world.size > 1:
-            world.same(len(cache.missing(groups)), "number of reference log-probs that the cache lacks")
+        world.gather(0, "the reference")  # every rank has written its part
+        if world.size > 1 and any(unseen := world.gather(len(cache.missing(groups)), "the reference")):
+            raise ArtifactError(
+                f"{cache.folder}: {sum(map(bool, unseen))} of {world.size} ranks do not see the reference log-probs of "
+                "the others; set PREFTUNE_CACHE to a folder on a disk that all machines share"
+            )
         return cls(cache, same_weights=loaded.weights_sha256 == policy.weights_sha256)
 
     def lookup(self, batch: PackedBatch) -> Tensor:
