@@ -31,6 +31,7 @@ STAGES: Mapping[str, str] = {
     "quickstart": "the whole loop on the embedded world of film reviews; ends with report.html",
     "explain": "from the objective to the DPO loss, every line executed: a page with figures, or --text",
     "inspect": "examine a data set as training would see it: counts, lengths, refused rows, decoded examples",
+    "plan": "memory and time of DPO on so many accelerators, from a configuration and lengths, before anything is run",
     "sft": "supervised fine-tuning on responses, or on the chosen side of pairs",
     "sample": "responses of a model, or of a server's, to prompts, with their log-probs; resumable, appendable",
     "label": "which of two sampled responses is better: people decide on a page, or --judge does",

@@ -17,6 +17,7 @@ from preftune.data.layouts import Layout
 from preftune.recipes.comparison_configs import STUDY_CONFIGS, EvaluateConfig, ReportConfig
 from preftune.recipes.loop_configs import ExportConfig, ImportConfig, LabelConfig, Online, Page, SampleConfig
 from preftune.recipes.loss_facts import LOSS_FACTS
+from preftune.recipes.plan_configs import PlanConfig
 from preftune.recipes.rl_configs import PpoConfig, Rollouts, Rules
 from preftune.recipes.sections import Folder, Machine, Objective, Optimization, Pairing, Reading, TrainingConfig
 from preftune.recipes.settings import Settings, not_one_of, refusal
@@ -27,6 +28,7 @@ __all__ = [
     "ExplainConfig",
     "InspectConfig",
     "LabelConfig",
+    "PlanConfig",
     "PpoConfig",
     "QuickstartConfig",
     "RewardConfig",
@@ -173,6 +175,7 @@ CONFIGS: Mapping[str, type[Settings]] = {
     "quickstart": QuickstartConfig,
     "explain": ExplainConfig,
     "inspect": InspectConfig,
+    "plan": PlanConfig,
     "sft": SftConfig,
     "sample": SampleConfig,
     "label": LabelConfig,

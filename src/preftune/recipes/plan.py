@@ -1,0 +1,179 @@
+"""Before a run: what it needs and how long it takes, from a configuration and lengths alone.
+
+    config.json -> Shape      models/cost.py: FLOPs, bytes, traffic
+    data -> Work of a pair    tokenised as training would, or mean lengths as given
+    every setting, in ranges  recipes/planning.py
+
+Every number is printed with the formula it comes from, and everything assumed is said.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from preftune.data.doctor import prepare
+from preftune.data.sources import open_source
+from preftune.errors import DataError, RunError
+from preftune.models.cost import Shape, Work, flops
+from preftune.models.outline import read_configuration, read_tokenizer
+from preftune.recipes.plan_configs import PlanConfig
+from preftune.recipes.planning import (
+    ACCELERATORS,
+    PER_NODE,
+    SHARE_OF_BANDWIDTH,
+    SHARE_OF_PEAK,
+    USABLE,
+    Accelerator,
+    Job,
+    Range,
+    Setting,
+    advised,
+    reference_seconds,
+    settings,
+)
+from preftune.tensors import TokenGroup
+
+__all__ = ["Plan", "PlanConfig", "main", "table"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer: every setting, the advised one among them."""
+
+    job: Job
+    accelerator: Accelerator
+    rows: int | None
+    """Pairs of an epoch, where known."""
+    settings: list[Setting]
+    advised: Setting | None
+    reference: Range | None
+    """Seconds of computing log pi_ref once; None where the reference is in the loop or `rows` unknown."""
+
+
+def main(cfg: PlanConfig) -> Plan:
+    """Print the plan, write it to `out`, and return it. Raises ArtifactError, ConfigError and DataError."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    shape = Shape.of(read_configuration(cfg.model), torch.bfloat16)
+    pair, longest, rows, said = _from_data(cfg) if cfg.data else _from_lengths(cfg)
+    job = Job(shape, pair, longest, cfg.batch_size, cfg.gpus, cfg.lora_rank, cfg.reference_in_loop)
+    found = settings(job, on := _accelerator(cfg), cfg.tokens_per_batch)
+    reference = reference_seconds(job, on, rows) if rows and not cfg.reference_in_loop else None
+    plan = Plan(job, on, rows, found, advised(found), reference)
+    for line in (*_opening(cfg, plan, said), "", *table(plan), "", *_advice(plan)):
+        console.print(line)
+    if cfg.out:
+        try:
+            Path(cfg.out).write_text(json.dumps(asdict(plan), indent=1) + "\n", encoding="utf-8")
+        except OSError as problem:
+            raise RunError(f"cannot write {cfg.out}: {problem.strerror}") from problem
+    return plan
+
+
+def _from_lengths(cfg: PlanConfig) -> tuple[Work, int, int | None, str]:
+    prompt, chosen, rejected = cfg.prompt_tokens or 0, cfg.chosen_tokens or 0, cfg.rejected_tokens or 0
+    longest = int(prompt + max(chosen, rejected))
+    said = f"lengths as given: {prompt:g} prompt + {chosen:g} / {rejected:g} response tokens, all pairs alike"
+    return Work.of(prompt, (chosen, rejected)), longest, cfg.rows, said
+
+
+def _from_data(cfg: PlanConfig) -> tuple[Work, int, int, str]:
+    source = open_source(str(cfg.data), kind="preferences", format=cfg.format)
+    prepared = prepare(
+        source, read_tokenizer(cfg.model), max_length=cfg.max_length, truncation=cfg.truncation, pairs=cfg.pairs,
+        seed=cfg.seed,
+    )  # fmt: skip
+    groups, report = [group for group in prepared.groups if group.pairs], prepared.report
+    if not groups:
+        raise DataError(f"{cfg.data}: no pair is left to plan for; `preftune inspect` says where the rows went")
+    pairs = sum(len(group.pairs) for group in groups)
+    longest = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
+    work = Work.total(map(_work, groups)).times(1 / pairs)
+    said = f"{cfg.data}: {pairs} pairs of {report.rows} rows ({report.refused} refused), longest {longest} tokens"
+    return work, longest, cfg.rows or pairs, said
+
+
+def _work(group: TokenGroup) -> Work:
+    return Work.of(len(group.prompt), [len(response) for response in group.responses])
+
+
+def _accelerator(cfg: PlanConfig) -> Accelerator:
+    on = ACCELERATORS[cfg.gpu]
+    if cfg.bandwidth is not None:
+        on = replace(on, link=cfg.bandwidth, network=cfg.bandwidth)
+    return replace(on, tflops=cfg.tflops or on.tflops, memory=cfg.memory or on.memory)
+
+
+def _opening(cfg: PlanConfig, plan: Plan, said: str) -> list[str]:
+    shape, pair, on = plan.job.shape, plan.job.pair, plan.accelerator
+    trained = f", {shape.trained(cfg.lora_rank) / 1e6:.1f}M trained (rank {cfg.lora_rank})" if cfg.lora_rank else ""
+    limit = flops(shape, pair, rank=cfg.lora_rank) / 1e12
+    formula = "4 N U + 4 H C + 3.5 A X, and 6 U for adapters" if cfg.lora_rank else "6 N U + 6 H C + 3.5 A X"
+    return [
+        f"{cfg.model}: {shape.parameters / 1e9:.3g}B parameters{trained}; N = {shape.body / 1e9:.3g}B in the decoder's "
+        f"linear layers, H = {shape.head / 1e9:.3g}B in the head, {shape.layers} layers, bfloat16",
+        said,
+        f"of a pair: U = {pair.fed:.0f} tokens fed, C = {pair.scored:.0f} scored, X = {pair.attended:.3g} attended",
+        f"limit: {limit:.4g} TFLOP a pair = {formula}",
+        f"on {cfg.gpus} x {cfg.gpu}: {on.tflops:g} TFLOP/s, {on.memory:g} GB, {on.memory_bandwidth:g} GB/s of memory, "
+        f"{on.bandwidth(cfg.gpus):g} GB/s between devices ({PER_NODE} a node)",
+        f"assumed: {_percent(SHARE_OF_PEAK)} of the FLOP rate, {_percent(SHARE_OF_BANDWIDTH)} of bandwidths; "
+        "communication hidden wholly (fast end) or not at all (slow end), latency none; "
+        f"{USABLE:.0%} of memory may be planned with",
+    ]
+
+
+def table(plan: Plan) -> list[str]:
+    """A row per setting, in Markdown: GB are 1e9 bytes, ranges run from the fast to the slow end."""
+    lines = [
+        "| shard | activation_checkpointing | tokens_per_batch | GB a device | fits | GB sent a step | s a step "
+        "| pairs/s | hours an epoch |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in plan.settings:
+        epoch = "" if plan.rows is None else _hours(one, plan.rows / plan.job.batch_size)
+        cells = (
+            _yes(one.shard), _yes(one.activation_checkpointing), str(one.tokens_per_batch),
+            f"{one.memory.total / 1e9:.1f}", _yes(one.fits), f"{one.traffic.sent / 1e9:.3g}",
+            f"{one.seconds.fast:.3g} to {one.seconds.slow:.3g}",
+            f"{one.pairs_per_second.slow:.3g} to {one.pairs_per_second.fast:.3g}", epoch,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _advice(plan: Plan) -> list[str]:
+    best = plan.advised
+    if best is None:
+        least = min(plan.settings, key=lambda one: one.memory.total)
+        return [
+            f"nothing fits: the least, {least.memory.total / 1e9:.1f} GB, is above {USABLE:.0%} of "
+            f"{plan.accelerator.memory:g} GB; take more devices, an adapter (--lora_rank) or shorter rows"
+        ]
+    parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in asdict(best.memory).items() if value)
+    lines = [
+        f"advised: shard {_yes(best.shard)}, activation_checkpointing {_yes(best.activation_checkpointing)}, "
+        f"tokens_per_batch {best.tokens_per_batch} ({best.micro_batches} micro-batches a step): "
+        "the fastest at the slow end of what fits",
+        f"its memory, GB: {parts}",
+    ]
+    if plan.reference:
+        ends = f"{plan.reference.fast / 3600:.2g} to {plan.reference.slow / 3600:.2g}"
+        lines.append(f"once, log pi_ref of all pairs (2 N U + 2 H C + A X): {ends} hours; later runs read it")
+    return lines
+
+
+def _hours(one: Setting, steps: float) -> str:
+    return f"{one.seconds.fast * steps / 3600:.2g} to {one.seconds.slow * steps / 3600:.2g}"
+
+
+def _percent(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:.0%} to {ends[1]:.0%}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
