@@ -113,13 +113,15 @@ def ppo_update(
                 clip_fraction=clip_fraction(logps, old, advantage, clip=knobs.clip),
                 value_clip_fraction=value_clip_fraction(values, value, target, clip=knobs.value_clip),
                 ratio_mean=ratio.mean(),
-                ratio_var=ratio.var(correction=0),
+                ratio_var=(ratio - 1).square().mean(),  # less (mean - 1)^2, below: however the step is split
             )
             if step == first:
                 seen.add(len(old), first_approx_kl=approx_kl(logps, old))
         seen.add(1, grad_norm=policy.optimizer.step(step, lr), critic_grad_norm=critic.optimizer.step(step, critic_lr))
     explained = 1 - raw[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12)
-    return seen.means(batching.world) | {
+    means = seen.means(batching.world)
+    return means | {
+        "ratio_var": means["ratio_var"] - (means["ratio_mean"] - 1) ** 2,
         "value_mean": float(rollout.values[mask].mean()),
         "return_mean": float(returns[mask].mean()),
         "return_var": float(returns[mask].var(correction=0)),

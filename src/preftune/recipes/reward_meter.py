@@ -64,8 +64,10 @@ class RewardMeter:
         values, weight = self._loss.table()
         loss = self._numbers()["loss"]
         numbers = self._numbers() | _named("loss", mean_interval(loss + (values - loss) * weight / weight.mean()))
-        r_w, r_l, n_w, n_l = self._pairs.table()
-        return numbers | _pair_report(calibrate(r_w - r_l, n_w - n_l, clusters=self._prompts))
+        order = sorted(range(len(self._prompts)), key=self._prompts.__getitem__)  # the bootstrap draws by place
+        r_w, r_l, n_w, n_l = self._pairs.table()[:, order]
+        clusters = [self._prompts[i] for i in order]
+        return numbers | _pair_report(calibrate(r_w - r_l, n_w - n_l, clusters=clusters))
 
     def _numbers(self) -> dict[str, Any]:
         values, weight = self._loss.table()
