@@ -40,6 +40,7 @@ STAGES: Mapping[str, str] = {
     "dpo": "Direct Preference Optimization on preference pairs",
     "reward": "a reward model (Bradley-Terry or Plackett-Luce) on preference pairs or rankings",
     "ppo": "reinforcement learning from a reward, PPO or RLOO, on the policy's own responses to prompts",
+    "merge": "an adapter merged into its base model: a plain folder for tools that know no adapters",
     "evaluate": "models against a reference on the same prompts: reward, KL, win rates, drift, each with its interval",
     "report": "one page about one or several runs: results, curves, answers, data, settings and their differences",
     "study frontier": "reward against KL of every method beside the exact frontier, over seeds: figure, table, verdicts",

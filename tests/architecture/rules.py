@@ -34,6 +34,7 @@ ONLY_IN = {
     "transformers": ("models/*",),
     "tokenizers": ("models/*",),
     "peft": ("models/*",),
+    "bitsandbytes": ("engine/optim.py",),
     "datasets": ("data/sources*", "data/files*"),
     "pyarrow": ("data/sources*", "data/files*"),
     "torch.distributed": ("engine/parallel.py", "engine/checkpoint.py"),

@@ -7,8 +7,10 @@ import pytest
 from preftune.recipes.configs import CONFIGS, sections
 
 READING = "model data eval_data format max_length truncation allow_refused seed"
+ADAPTING = "lora_rank lora_alpha lora_targets dora quantize"
 TRAINING = (
-    f"{READING} optimizer lr schedule warmup_steps max_grad_norm weight_decay batch_size epochs max_steps shuffle "
+    f"{READING} {ADAPTING} "
+    "optimizer lr schedule warmup_steps max_grad_norm weight_decay batch_size epochs max_steps shuffle "
     "tokens_per_batch dtype device activation_checkpointing out eval_every early_stop save_every resume"
 )
 STUDIES = ("frontier", "tuning", "data", "anchor", "shift", "length")
@@ -28,7 +30,9 @@ OPTIONS = {
     "dpo": f"{TRAINING} pairs loss beta label_smoothing tau gamma alpha reference reference_every reference_mix "
     "online prompts judge rounds n temperature max_tokens labels min_gap online_reference max_kl allow_python",
     "reward": f"{TRAINING} pairs loss margin centering reference_samples",
-    "ppo": "model reward prompts reference eval_prompts format allow_refused allow_python n temperature max_tokens "
+    "merge": "model out",
+    "ppo": f"{ADAPTING} "
+    "model reward prompts reference eval_prompts format allow_refused allow_python n temperature max_tokens "
     "missing_eos missing_eos_value standardise seed algorithm kl_coef target_kl kl_horizon max_kl critic critic_lr "
     "ppo_epochs minibatches clip value_clip gamma lam whiten_rewards optimizer lr schedule warmup_steps max_grad_norm "
     "weight_decay batch_size epochs max_steps shuffle tokens_per_batch dtype device activation_checkpointing out "

@@ -35,6 +35,25 @@ def _adamw(groups: ParamGroups) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
+def _adamw8bit(groups: ParamGroups) -> torch.optim.Optimizer:
+    """AdamW whose moments are 8-bit numbers scaled per block of 256 (arXiv 2110.02861): 2 bytes a weight, not 8.
+
+    bitsandbytes, on CUDA. Weighed: torchao's has the same states in torch code, but is one more dependency and asks
+    for torch.compile to be fast; torch itself has no 8-bit optimizer. Masters stay float32.
+    """
+    devices = sorted({p.device.type for group in groups for p in group["params"]} - {"cuda"})
+    if devices:
+        raise ConfigError(f"optimizer adamw8bit needs a CUDA device, found {devices[0]}; choose adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer adamw8bit needs bitsandbytes, which cannot be imported ({error}): pip install 'preftune[quant]'"
+        ) from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    return optimizer
+
+
 def _rmsprop(groups: ParamGroups) -> torch.optim.Optimizer:
     """The DPO paper's choice (arXiv 2305.18290, appendix B). Weight decay is an L2 term in the gradient."""
     return torch.optim.RMSprop(groups, lr=0.0, alpha=0.99, eps=1e-8)
@@ -45,12 +64,31 @@ def _sgd(groups: ParamGroups) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=0.0, fused=True)
 
 
-OPTIMIZERS: dict[str, tuple[Callable[[ParamGroups], torch.optim.Optimizer], tuple[str, ...]]] = {
-    "adamw": (_adamw, ("step", "exp_avg", "exp_avg_sq")),
-    "rmsprop": (_rmsprop, ("step", "square_avg")),
-    "sgd": (_sgd, ()),
+def _like_weights(*kinds: str) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Moments of the weight's own shape and dtype, beside a step counter."""
+    return lambda master: {"step": torch.empty(())} | dict.fromkeys(kinds, master)
+
+
+def _in_8_bits(master: Tensor) -> dict[str, Tensor]:
+    """What bitsandbytes (0.50) keeps: below 4096 elements float32 moments, else codes, their meaning and scales."""
+    counter = {"step": torch.empty((), dtype=torch.int64)}
+    if master.numel() < 4096:
+        return counter | dict.fromkeys(("state1", "state2"), master)
+    codes = torch.empty(master.shape, dtype=torch.uint8, device="meta")
+    meaning, scales = (torch.empty(n, device="meta") for n in (256, -(-master.numel() // 256)))
+    parts = {"state": codes, "qmap": meaning, "absmax": scales}
+    return counter | {f"{part}{moment}": like for part, like in parts.items() for moment in (1, 2)}
+
+
+Kept = Callable[[Tensor], dict[str, Tensor]]
+
+OPTIMIZERS: dict[str, tuple[Callable[[ParamGroups], torch.optim.Optimizer], Kept]] = {
+    "adamw": (_adamw, _like_weights("exp_avg", "exp_avg_sq")),
+    "adamw8bit": (_adamw8bit, _in_8_bits),
+    "rmsprop": (_rmsprop, _like_weights("square_avg")),
+    "sgd": (_sgd, lambda master: {}),
 }
-"""Name -> how torch builds it, and what it keeps for every parameter once that has taken a step."""
+"""Name -> how torch builds it, and what it keeps for a master once that has taken a step: kind -> shape and dtype."""
 
 
 @dataclass(eq=False, slots=True)
@@ -160,7 +198,8 @@ class Optimizer:
             if weight.master is not weight.compute:
                 kept[f"masters/{weight.name}"] = weight.master
             moments = self._torch.state.get(weight.master, {})
-            kept |= {f"{kind}/{weight.name}": moments[kind] for kind in self._moments if kind in moments}
+            kinds = [kind for kind in self._moments(weight.master) if kind in moments]
+            kept |= {f"{kind}/{weight.name}": torch.as_tensor(moments[kind]) for kind in kinds}
         return kept
 
     @torch.no_grad()
@@ -177,17 +216,20 @@ class Optimizer:
             if weight.master is not weight.compute:
                 weight.master.copy_(tensors[f"masters/{weight.name}"])
             self._torch.state.pop(weight.master, None)
-            kinds = [kind for kind in self._moments if f"{kind}/{weight.name}" in tensors]
+            kinds = [kind for kind in self._moments(weight.master) if f"{kind}/{weight.name}" in tensors]
             if kinds:
+                saved = {kind: tensors[f"{kind}/{weight.name}"] for kind in kinds}
                 self._torch.state[weight.master] = {
-                    kind: tensors[f"{kind}/{weight.name}"].to(weight.master.device, copy=True) for kind in kinds
+                    kind: int(tensor) if tensor.dtype == torch.int64 else tensor.to(weight.master.device, copy=True)
+                    for kind, tensor in saved.items()  # bitsandbytes counts steps in an int
                 }
 
     @property
     def checkpoint_bytes(self) -> int:
         """Size of `tensors()` once every parameter has taken a step: what a checkpoint will need on disk."""
-        moments = sum(kind != "step" for kind in self._moments)
-        return sum(w.compute.nbytes + w.master.nbytes * (moments + (w.master is not w.compute)) for w in self._weights)
+        kept = [like for w in self._weights for kind, like in self._moments(w.master).items() if kind != "step"]
+        masters = [w.master for w in self._weights if w.master is not w.compute]
+        return sum(tensor.nbytes for tensor in (*kept, *masters, *(w.compute for w in self._weights)))
 
     def fingerprint(self) -> str:
         """A hash of the sums of the bits of weights and masters: equal on every rank that trains the same model."""
@@ -236,9 +278,9 @@ class Optimizer:
             expected[f"weights/{weight.name}"] = weight.compute
             if weight.master is not weight.compute:
                 expected[f"masters/{weight.name}"] = weight.master
-            if any(f"{kind}/{weight.name}" in tensors for kind in self._moments):
-                for kind in self._moments:
-                    expected[f"{kind}/{weight.name}"] = torch.empty(()) if kind == "step" else weight.master
+            kept = {f"{kind}/{weight.name}": like for kind, like in self._moments(weight.master).items()}
+            if kept.keys() & tensors.keys():
+                expected |= kept
         missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
         if missing or unknown:
             raise ResumeMismatch(

@@ -18,7 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from preftune.errors import ArtifactError
 
-__all__ = ["locate"]
+__all__ = ["ADAPTER", "base_of", "find", "is_adapter", "locate", "read_json", "tokenizer_folder"]
+
+ADAPTER = "adapter_config.json"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a causal LM needs; pickles are not even downloaded, nor a second copy of the weights in another layout.
@@ -33,20 +35,55 @@ def locate(name: str | Path) -> Path:
     Raises ArtifactError: nothing of that name (with near names), a file is missing or no JSON, the weights are
     pickled or quantised, or the configuration asks for code.
     """
-    local = Path(name).expanduser()
-    folder = local if local.exists() else _download(str(name), local)
-    if not folder.is_dir():
-        raise ArtifactError(f"{name} is a file; a model is the folder that holds config.json and model.safetensors")
+    folder = find(name)
     config = _config(folder)
-    for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        for key, reason in _unsafe(_json(folder / file) if (folder / file).exists() else {}):
-            raise ArtifactError(f"{folder / file}: {key} {reason}")
+    _refuse_unsafe(folder)
     if config.get("quantization_config"):
         raise ArtifactError(
             f"{folder}: the weights are quantised and cannot be trained in full; use the original model"
         )
     _check_weights(folder)
     return folder
+
+
+def find(name: str | Path) -> Path:
+    """The folder of that name, whatever it holds: a local one, else a download from the hub. Raises ArtifactError."""
+    local = Path(name).expanduser()
+    folder = local if local.exists() else _download(str(name), local)
+    if not folder.is_dir():
+        raise ArtifactError(f"{name} is a file; a model is the folder that holds config.json and model.safetensors")
+    return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no whole model."""
+    whole = (folder / "model.safetensors", folder / "model.safetensors.index.json")
+    return (folder / ADAPTER).is_file() and not any(path.is_file() for path in whole)
+
+
+def base_of(folder: Path) -> str:
+    """Name of the base model of an adapter folder. Raises ArtifactError."""
+    name = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ArtifactError(f"{folder / ADAPTER}: base_model_name_or_path does not name the adapter's base model")
+    return name
+
+
+def tokenizer_folder(name: str | Path) -> Path:
+    """Where the tokenizer of a model is, checked: an adapter without one of its own has that of its base."""
+    folder = find(name)
+    if not is_adapter(folder):
+        return locate(folder)
+    if not (folder / "tokenizer_config.json").exists():
+        return locate(base_of(folder))
+    _refuse_unsafe(folder)
+    return folder
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json", ADAPTER):
+        for key, reason in _unsafe(read_json(folder / file) if (folder / file).exists() else {}):
+            raise ArtifactError(f"{folder / file}: {key} {reason}")
 
 
 def _download(name: str, local: Path) -> Path:
@@ -63,7 +100,8 @@ def _download(name: str, local: Path) -> Path:
         raise ArtifactError(f"no folder {name}, and the hub gives no model of that name ({why}){hint}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ArtifactError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -75,8 +113,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _config(folder: Path) -> dict[str, Any]:
     if (folder / "config.json").exists():
-        return _json(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
+        return read_json(folder / "config.json")
+    if (folder / ADAPTER).exists():
         raise ArtifactError(f"{folder} holds an adapter, not a model: merge it into its base model first")
     inside = [p.parent.name for p in sorted(folder.glob("*/config.json"))]
     hint = f"; {folder / inside[0]} has one" if inside else ""
@@ -110,7 +148,7 @@ def _unsafe(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
         missing = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
         if missing or not shards:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +25,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preftune.errors import ArtifactError, RunError
-from preftune.models.folder import locate
+from preftune.models.adapters import (
+    adapter_of,
+    adapter_sha256,
+    attach_saved,
+    merged_state,
+    read_adapter,
+    write_adapter,
+)
+from preftune.models.folder import find, is_adapter, locate
+from preftune.models.quantize import loading_options
 from preftune.models.tokenizer import load_tokenizer
 
 __all__ = ["LoadedModel", "active_dropouts", "load", "quiet", "save", "weights_sha256"]
@@ -32,7 +42,10 @@ __all__ = ["LoadedModel", "active_dropouts", "load", "quiet", "save", "weights_s
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoadedModel:
-    """A causal LM ready to train: every dropout 0, evaluation mode, all parameters of one dtype on one device."""
+    """A causal LM ready to train: every dropout 0, evaluation mode, all parameters of one dtype on one device.
+
+    With an adapter, only that is trained (`requires_grad`), and a quantised base has weights of its own kind.
+    """
 
     model: Any
     """transformers' PreTrainedModel with a language-model head."""
@@ -55,15 +68,22 @@ def load(
     settings: Mapping[str, Any] = MappingProxyType({}),
     may_miss: frozenset[str] = frozenset(),
     may_drop: frozenset[str] = frozenset(),
+    quantize: str = "none",
 ) -> LoadedModel:
     """The model and tokenizer of a folder, or of a hub repository; works offline for folders.
+
+    An adapter folder gives its base with the adapter on it, base and adapter checked and hashed together, the base
+    rounded (`quantize`, for CUDA) exactly when the adapter was trained so.
 
     Another `kind` of head than a language model's is one of transformers' auto classes, with `settings` of its
     configuration; the weights of `may_miss` may then be absent (the caller draws them), those of `may_drop` left over.
     Raises ArtifactError, one line, when something is absent, unsafe, of another architecture, has weights that are
     missing, left over or of another shape, or a tokenizer with more entries than the model has embeddings.
     """
-    folder = locate(name)
+    if is_adapter(found := find(name)):
+        expected: dict[str, Any] = {"settings": settings, "may_miss": may_miss, "may_drop": may_drop}
+        return _with_adapter(found, partial(load, dtype=dtype, device=device, kind=kind, **expected), kind, quantize)
+    folder, options = locate(name), loading_options(quantize, dtype, device)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
@@ -77,18 +97,14 @@ def load(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # listed in `info` with both shapes, and refused below
                 output_loading_info=True,
+                **options,
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: the model cannot be read: {_first_line(error)}") from error
         tokenizer = load_tokenizer(folder)
     known = {"missing_keys": may_miss, "unexpected_keys": may_drop}
     _refuse_incomplete(folder, {what: set(found) - known.get(what, set()) for what, found in info.items()})
-    rows, entries = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values(), default=-1) + 1
-    if entries > rows:
-        raise ArtifactError(
-            f"{folder}: the tokenizer knows {entries} tokens but the model embeds {rows}; "
-            "they do not belong together, or tokens were added without resizing the model"
-        )
+    _refuse_foreign_tokenizer(folder, tokenizer, model)
     for module, attribute, p in active_dropouts(model):
         setattr(module, attribute, 0.0)
         dropouts.append(p)
@@ -98,7 +114,7 @@ def load(
     if tokenizer.pad_token is None and kind is AutoModelForCausalLM:
         notes.append("no pad token: not needed")
     return LoadedModel(
-        model=model.eval().to(device),
+        model=model.eval() if options else model.eval().to(device),
         tokenizer=tokenizer,
         weights_sha256=weights_sha256(model),
         tokenizer_sha256=_tokenizer_sha256(tokenizer),
@@ -106,9 +122,43 @@ def load(
     )
 
 
-def save(model: Any, tokenizer: Any, folder: str | Path, *, state: Mapping[str, Tensor] | None, card: str) -> None:
+def _with_adapter(folder: Path, load_base: Callable[..., LoadedModel], kind: Any, quantize: str) -> LoadedModel:
+    """The base model of an adapter folder with the adapter on it; the folder's own tokenizer where it has one."""
+    saved = read_adapter(folder)
+    base = saved.adapter.base
+    if quantize not in ("none", base.quantize):
+        raise ArtifactError(
+            f"{folder}: the adapter was trained on base weights quantised as {base.quantize}, not {quantize}; leave "
+            "quantize out, the folder decides"
+        )
+    try:
+        if is_adapter(find(base.name)):
+            raise ArtifactError("it is an adapter itself, merge it first")
+        loaded = load_base(base.name, quantize=base.quantize)
+    except ArtifactError as problem:
+        raise ArtifactError(f"{folder} is an adapter whose base {base.name} cannot be used: {problem}") from problem
+    comparable = loaded.weights_sha256 if kind is AutoModelForCausalLM else None  # another head, another hash
+    notes = attach_saved(loaded.model, saved, base_sha256=comparable)
+    with_own = replace(loaded, weights_sha256=adapter_sha256(loaded.model), notes=(*loaded.notes, *notes))
+    with quiet():
+        tokenizer = load_tokenizer(folder)
+    _refuse_foreign_tokenizer(folder, tokenizer, loaded.model)
+    return replace(with_own, tokenizer=tokenizer, tokenizer_sha256=_tokenizer_sha256(tokenizer))
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    state: Mapping[str, Tensor] | None,
+    card: str,
+    merge: bool = False,
+) -> None:
     """Write a plain Hugging Face folder with `card` as its README.md: whole or not at all.
 
+    A language model with an adapter becomes an adapter folder, or a plain one with `merge`; a classifier with one is
+    always merged, because its head and its configuration have no place in an adapter folder.
     `state` replaces weights by name (float32 masters for bf16 weights; a tied weight once), and the configuration's
     dtype follows. Everything is written and fsynced beside `folder` and then renamed; a folder already there is
     replaced. Raises RunError when it cannot be written; what was there before is then still there.
@@ -117,11 +167,15 @@ def save(model: Any, tokenizer: Any, folder: str | Path, *, state: Mapping[str, 
     temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        weights = _replaced(model.state_dict(), state or {})
-        with quiet():
-            model.save_pretrained(temporary, state_dict=dict(weights), max_shard_size="5GB")  # it empties what it gets
-            tokenizer.save_pretrained(temporary)
-        _write_dtype(temporary / "config.json", weights)
+        if adapter_of(model) and not merge and model.get_output_embeddings() is not None:
+            write_adapter(model, temporary)
+        else:
+            own = merged_state(model) if adapter_of(model) else model.state_dict()
+            weights = _replaced(own, state or {})
+            with quiet():  # save_pretrained empties what it gets
+                model.save_pretrained(temporary, state_dict=dict(weights), max_shard_size="5GB")
+            _write_dtype(temporary / "config.json", weights)
+        tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
@@ -193,6 +247,15 @@ def _refuse_incomplete(folder: Path, info: Any) -> None:
         if items:
             more = f" and {len(items) - 3} more" if len(items) > 3 else ""
             raise ArtifactError(f"{folder}: {what}: {', '.join(items[:3])}{more}; is this a causal language model?")
+
+
+def _refuse_foreign_tokenizer(folder: Path, tokenizer: Any, model: Any) -> None:
+    rows, entries = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values(), default=-1) + 1
+    if entries > rows:
+        raise ArtifactError(
+            f"{folder}: the tokenizer knows {entries} tokens but the model embeds {rows}; "
+            "they do not belong together, or tokens were added without resizing the model"
+        )
 
 
 def _tokenizer_sha256(tokenizer: Any) -> str:

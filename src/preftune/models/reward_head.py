@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 
 from preftune.errors import ArtifactError, ConfigError, RunError
 from preftune.models.attention import own_attention
-from preftune.models.folder import locate
+from preftune.models.folder import base_of, find, is_adapter, locate
 from preftune.models.load import LoadedModel, load, weights_sha256
 from preftune.models.logprobs import TOLERANCE, hidden_states
 from preftune.tensors import PackedBatch, TokenGroup
@@ -50,8 +50,9 @@ def load_reward_model(
     `trained=True` refuses a folder without a reward head. Raises ArtifactError as `load` does, and when the folder
     holds a classifier with more than one label or a head of another name.
     """
-    folder = locate(name)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    folder = find(name)
+    described = locate(base_of(folder)) if is_adapter(folder) else locate(folder)
+    config = json.loads((described / "config.json").read_text(encoding="utf-8"))
     has_head = any(str(kind).endswith("ForSequenceClassification") for kind in config.get("architectures") or ())
     if trained and not has_head:
         raise ArtifactError(f"{folder} is no reward model, its config.json names no classifier: train one first")

@@ -8,14 +8,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from preftune.errors import ArtifactError
-from preftune.models.folder import locate
+from preftune.models.folder import tokenizer_folder
 
 __all__ = ["load_tokenizer"]
 
 
 def load_tokenizer(name: str | Path) -> Any:
     """transformers' tokenizer of a model folder or hub name, checked as a model is. Raises ArtifactError, one line."""
-    folder = locate(name)
+    folder = tokenizer_folder(name)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file

@@ -9,13 +9,13 @@ Legend of shapes: C completion tokens, d hidden size.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from preftune.errors import ArtifactError
+from preftune.models.adapters import adapter_of, copy_beside
 from preftune.models.logprobs import hidden_states
 from preftune.tensors import PackedBatch
 
@@ -25,10 +25,13 @@ __all__ = ["critic_of", "token_values"]
 def critic_of(model: Any) -> Any:
     """A trainable copy of `model`, a causal LM or a classifier of one label, whose head is a zero value head.
 
-    The copy is independent of `model`, has its dtype and device, and no random number is drawn. Prepare `model` with
+    Beside an adapter the copy trains an adapter of its own and shares the frozen weights; else it is independent of
+    `model`. It has its dtype and device, and no random number is drawn. Prepare `model` with
     `attention.install` first, or the copy afterwards. Raises ArtifactError when no linear head is found.
     """
-    critic = deepcopy(model).requires_grad_(True)
+    critic = copy_beside(model)
+    if adapter_of(model) is None:
+        critic.requires_grad_(True)
     old = _head(critic)
     head = nn.utils.skip_init(nn.Linear, old.in_features, 1, device=old.weight.device, dtype=old.weight.dtype)
     nn.init.zeros_(head.weight)

@@ -19,7 +19,16 @@ from preftune.recipes.loop_configs import ExportConfig, ImportConfig, LabelConfi
 from preftune.recipes.loss_facts import LOSS_FACTS
 from preftune.recipes.plan_configs import PlanConfig
 from preftune.recipes.rl_configs import PpoConfig, Rollouts, Rules
-from preftune.recipes.sections import Folder, Machine, Objective, Optimization, Pairing, Reading, TrainingConfig
+from preftune.recipes.sections import (
+    Adapting,
+    Folder,
+    Machine,
+    Objective,
+    Optimization,
+    Pairing,
+    Reading,
+    TrainingConfig,
+)
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
 __all__ = [
@@ -28,6 +37,7 @@ __all__ = [
     "ExplainConfig",
     "InspectConfig",
     "LabelConfig",
+    "MergeConfig",
     "PlanConfig",
     "PpoConfig",
     "QuickstartConfig",
@@ -69,6 +79,14 @@ class DpoConfig(Online, Objective, Pairing, TrainingConfig):
         if isinstance(values, Mapping) and "data" not in values and str(values.get("online")).lower() == "true":
             return {**values, "data": values.get("prompts") or "-"}
         return values
+
+    @check(mode="after")
+    def _adapters_are_not_mixed(self, info: ValidationInfo) -> Self:
+        moves = self.reference_moves()
+        if self.lora_rank and moves and moves[1] != 1:
+            text = "a share of two adapters is no share of two models (A and B multiply): move the reference by 1"
+            raise refusal(info, "reference_mix", text)
+        return self
 
     @check(mode="after")
     def _rounds_fit(self, info: ValidationInfo) -> Self:
@@ -132,10 +150,27 @@ class RewardConfig(Pairing, TrainingConfig):
         return f"{self.loss}(margin={self.margin:g}, centering={self.centering:g})"
 
     @check(mode="after")
+    def _can_be_merged(self, info: ValidationInfo) -> Self:
+        if self.quantize != "none":
+            raise refusal(
+                info,
+                "quantize",
+                "a reward model is written merged, which quantized weights cannot be; leave quantize out",
+            )
+        return self
+
+    @check(mode="after")
     def _margin_is_of_pairs(self, info: ValidationInfo) -> Self:
         if self.margin and self.loss != "bt":
             raise refusal(info, "margin", f"margin is a lead in a pair; loss {self.loss} has none, leave it out")
         return self
+
+
+class MergeConfig(Settings):
+    """An adapter merged into its base model."""
+
+    model: str = Field(min_length=1, description="adapter folder, or its hub name")
+    out: str = Field(min_length=1, description="new folder of the plain model")
 
 
 class InspectConfig(Pairing, Reading):
@@ -183,6 +218,7 @@ CONFIGS: Mapping[str, type[Settings]] = {
     "label import": ImportConfig,
     "dpo": DpoConfig,
     "reward": RewardConfig,
+    "merge": MergeConfig,
     "ppo": PpoConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
@@ -197,6 +233,7 @@ _SECTIONS: tuple[type[Settings], ...] = (
     Rollouts,
     Rules,
     Optimization,
+    Adapting,
     Machine,
     Folder,
     Online,

@@ -25,6 +25,7 @@ from preftune.engine.memory import keep_freed_memory
 from preftune.engine.run import Run
 from preftune.errors import ArtifactError, DataError
 from preftune.models.attention import install
+from preftune.models.folder import ADAPTER
 from preftune.models.generate import draw, plan
 from preftune.models.load import LoadedModel, load
 from preftune.recipes.comparison_configs import EvaluateConfig
@@ -89,7 +90,7 @@ def read_prompts(cfg: EvaluateConfig, run: Run) -> list[tuple[Prompt, str]]:
 def model_folder(name: str) -> str:
     """That of a run, `RUN/model`; any other name stays as it is."""
     inside = Path(name) / "model"
-    return str(inside) if (inside / "config.json").exists() else name
+    return str(inside) if any((inside / file).exists() for file in ("config.json", ADAPTER)) else name
 
 
 def machine(cfg: EvaluateConfig) -> tuple[torch.device, torch.dtype]:

@@ -21,6 +21,7 @@ from preftune.equations.objective import Objective, State, Term
 from preftune.models.load import LoadedModel
 from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model
 from preftune.recipes.configs import DpoConfig
+from preftune.recipes.adapting import to_train
 from preftune.recipes.meters import PreferenceMeter
 from preftune.recipes.online import run_rounds
 from preftune.recipes.preferences import read_preferences
@@ -44,7 +45,7 @@ def train(cfg: DpoConfig) -> RunCard:
     """
     objective = Objective(tuple(Term(t.coefficient, LOSSES[t.loss].bind(**t.knobs)) for t in cfg.terms()))
     with Run.open(cfg.out, stage="dpo", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
-        policy, batching = open_model(cfg.model, cfg, run)
+        policy, batching = open_model(cfg.model, cfg, run, read=to_train(cfg, cfg.seed))
         train, held_out = read_preferences(cfg, policy.tokenizer, objective, run)
         batching.check(policy.model, [*train, *held_out])
 

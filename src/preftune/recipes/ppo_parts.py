@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,13 @@ from preftune.engine.parallel import ALONE, World
 from preftune.engine.run import Run
 from preftune.errors import ConfigError, DataError, RunError
 from preftune.judges.scores import Scorer
+from preftune.models.adapters import copy_beside
+from preftune.models.folder import ADAPTER
 from preftune.models.generate import encode_prompt, plan
 from preftune.models.load import LoadedModel
 from preftune.models.reward_head import load_reward_model
 from preftune.models.value_head import critic_of
+from preftune.recipes.adapting import to_train
 from preftune.recipes.common import Batching, open_model
 from preftune.recipes.policy_step import Learner
 from preftune.recipes.rl_configs import PpoConfig
@@ -53,7 +55,7 @@ def open_models(cfg: PpoConfig, run: Run) -> tuple[LoadedModel, Models, Batching
 
     Raises ConfigError when one of them has another vocabulary than the policy.
     """
-    policy, batching = open_model(cfg.model, cfg, run)
+    policy, batching = open_model(cfg.model, cfg, run, read=to_train(cfg, cfg.seed))
     packed, reference, critic = batching.packed, None, None
     if cfg.reference:
         other, theirs = open_model(cfg.reference, cfg, run, role="reference")
@@ -67,7 +69,7 @@ def open_models(cfg: PpoConfig, run: Run) -> tuple[LoadedModel, Models, Batching
     if cfg.algorithm == "ppo":
         start, theirs = _critic_start(cfg, policy, batching, run)
         critic, packed = critic_of(start.model), packed and theirs.packed
-    reference = (reference or deepcopy(policy.model)).requires_grad_(False).eval()
+    reference = (reference or copy_beside(policy.model)).requires_grad_(False).eval()
     return policy, Models(policy.model, reference, critic, policy.tokenizer), replace(batching, packed=packed)
 
 
@@ -79,7 +81,8 @@ def _critic_start(cfg: PpoConfig, policy: LoadedModel, batching: Batching, run: 
         run.note("critic: a copy of the policy, value 0 everywhere")
         return policy, batching
     folder = str(_model_of(named))
-    loaded, theirs = open_model(folder, cfg, run, role="critic", read=partial(load_reward_model, seed=cfg.seed))
+    read = to_train(cfg, cfg.seed, partial(load_reward_model, seed=cfg.seed))
+    loaded, theirs = open_model(folder, cfg, run, role="critic", read=read)
     if policy.tokenizer.get_vocab().items() <= loaded.tokenizer.get_vocab().items():
         run.note(f"critic: a copy of {folder}, value 0 everywhere")
         return loaded, theirs
@@ -107,7 +110,7 @@ def reward_hashes(cfg: PpoConfig) -> dict[str, str]:
 def _model_of(name: str) -> Path:
     """The model folder of a run, or the folder itself."""
     inside = Path(name) / "model"
-    return inside if (inside / "config.json").exists() else Path(name)
+    return inside if any((inside / file).exists() for file in ("config.json", ADAPTER)) else Path(name)
 
 
 def read_prompts(
@@ -151,17 +154,21 @@ class Within:
     @classmethod
     def of(cls, policy: nn.Module, max_kl: float | None) -> Within:
         named = policy.named_parameters() if max_kl is not None else ()
-        return cls({f"within/{name}": weight.detach().clone() for name, weight in named})
+        return cls({f"within/{name}": weight.detach().clone() for name, weight in named if weight.requires_grad})
 
     @torch.no_grad()
     def keep(self, policy: nn.Module) -> None:
-        for mine, weight in zip(self.tensors.values(), policy.parameters(), strict=bool(self.tensors)):
+        for mine, weight in zip(self.tensors.values(), _trained(policy), strict=bool(self.tensors)):
             mine.copy_(weight)
 
     @torch.no_grad()
     def restore(self, policy: nn.Module) -> None:
-        for mine, weight in zip(self.tensors.values(), policy.parameters(), strict=True):
+        for mine, weight in zip(self.tensors.values(), _trained(policy), strict=True):
             weight.copy_(mine)
+
+
+def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (weight for weight in model.parameters() if weight.requires_grad)
 
 
 def critic_learner(cfg: PpoConfig, models: Models, world: World = ALONE) -> Learner | None:

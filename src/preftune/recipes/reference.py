@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from preftune.engine.reference_cache import ReferenceCache
 from preftune.engine.run import Run
 from preftune.equations.objective import Objective
 from preftune.errors import ArtifactError, ConfigError, ReferenceMismatch
+from preftune.models.adapters import adapter_of, copy_beside
 from preftune.models.load import LoadedModel
 from preftune.models.logprobs import score
 from preftune.recipes.common import Batching, open_model
@@ -97,9 +97,14 @@ class LiveReference:
     def of(cls, cfg: DpoConfig, policy: LoadedModel, run: Run) -> LiveReference:
         """A frozen copy of the policy as it starts, or the model of `--reference`."""
         loaded = open_model(cfg.reference, cfg, run, role="reference")[0] if cfg.reference else policy
-        model = loaded.model if cfg.reference else deepcopy(policy.model)
+        model = loaded.model if cfg.reference else copy_beside(policy.model)
         _refuse_other_vocabulary(cfg, loaded, policy)
         moves = cfg.reference_moves()
+        if moves and (moves[1] != 1 or cfg.reference) and (adapter_of(model) or adapter_of(policy.model)):
+            raise ConfigError(
+                "reference_mix: a share of two adapters is no share of two models (A and B multiply); move the whole "
+                "reference, --reference_mix 1, from the weights of --model"
+            )
         course = "fixed" if moves is None else f"moved every {moves[0]} steps by {moves[1]:g} of the policy"
         run.note(f"reference in memory beside the policy, {course}")
         same = loaded.weights_sha256 == policy.weights_sha256
@@ -112,13 +117,18 @@ class LiveReference:
             return
         mix = self.moves[1]
         for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
+            if mine is theirs:  # frozen below an adapter, and shared
+                continue
             mine.copy_(theirs if mix == 1 else torch.lerp(mine.float(), theirs.float(), mix))
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights that a checkpoint must hold: none while the reference stands where it started."""
         if self.moves is None:
             return {}
-        return {f"reference.{name}": parameter.data for name, parameter in self.model.named_parameters()}
+        moving = self.model.named_parameters()
+        if adapter_of(self.model):
+            moving = ((name, parameter) for name, parameter in moving if ".lora_" in name)
+        return {f"reference.{name}": parameter.data for name, parameter in moving}
 
 
 def certify_start(

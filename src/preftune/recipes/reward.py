@@ -32,6 +32,7 @@ from preftune.equations.ties import TIES_AT_MOST
 from preftune.errors import DataError
 from preftune.models.load import LoadedModel
 from preftune.models.reward_head import OFFSET, check_ends, check_rewards, load_reward_model, reward
+from preftune.recipes.adapting import to_train
 from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model, read_data
 from preftune.recipes.configs import RewardConfig
 from preftune.recipes.reward_meter import RewardMeter
@@ -53,7 +54,9 @@ def main(cfg: RewardConfig) -> RunCard:
     Raises ConfigError, DataError, ArtifactError for input that is refused, and RunError when the run itself fails.
     """
     with Run.open(cfg.out, stage="reward", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
-        model, batching = open_model(cfg.model, cfg, run, read=partial(load_reward_model, seed=cfg.seed))
+        model, batching = open_model(
+            cfg.model, cfg, run, read=to_train(cfg, cfg.seed, partial(load_reward_model, seed=cfg.seed))
+        )
         batching = replace(batching, feed_last=True)
         train, held_out = read_comparisons(cfg, model.tokenizer, run)
         samples = reference_samples(cfg, model, run) if cfg.reference_samples else train

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo
 from pydantic import model_validator as check
 
 from preftune.data.prompts import PROMPTS
-from preftune.recipes.sections import Folder, Machine, Optimization
+from preftune.recipes.sections import Adapting, Folder, Machine, Optimization
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
 __all__ = ["PpoConfig", "Rollouts", "Rules"]
@@ -98,7 +98,7 @@ OF_PPO = ("critic", "critic_lr", "ppo_epochs", "minibatches", "clip", "value_cli
 
 
 # Bases stand last section first: pydantic collects fields from the last base on.
-class PpoConfig(Folder, Machine, Optimization, Rules, Rollouts):
+class PpoConfig(Folder, Machine, Adapting, Optimization, Rules, Rollouts):
     """Reinforcement learning from a reward, on the policy's own responses to prompts."""
 
     lr: float = Field(3e-6, gt=0, description="peak learning rate")

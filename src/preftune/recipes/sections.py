@@ -20,7 +20,7 @@ from preftune.recipes.loss_facts import LOSS_FACTS
 from preftune.recipes.loss_terms import NAMED, TermSpec, parse_loss
 from preftune.recipes.settings import Settings, not_one_of, refusal
 
-__all__ = ["Folder", "Machine", "Objective", "Optimization", "Pairing", "Reading", "TrainingConfig"]
+__all__ = ["Adapting", "Folder", "Machine", "Objective", "Optimization", "Pairing", "Reading", "TrainingConfig"]
 
 _KNOBS = ("beta", "label_smoothing", "tau", "gamma", "alpha")
 
@@ -158,8 +158,8 @@ class Objective(Settings):
 class Optimization(Settings):
     """Optimization"""
 
-    optimizer: Literal["adamw", "rmsprop", "sgd"] = Field(
-        "adamw", description="update rule; rmsprop is the DPO paper's"
+    optimizer: Literal["adamw", "adamw8bit", "rmsprop", "sgd"] = Field(
+        "adamw", description="update rule; rmsprop is the DPO paper's, adamw8bit has moments of 8 bits, on CUDA"
     )
     lr: float | None = Field(None, gt=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -181,6 +181,42 @@ class Optimization(Settings):
             raise refusal(
                 info, "warmup_steps", f"warmup_steps {self.warmup_steps} must be below max_steps {self.max_steps}"
             )
+        return self
+
+
+class Adapting(Settings):
+    """Adapter (train a low-rank change of frozen weights; needs peft)"""
+
+    lora_rank: int = Field(0, ge=0, description="rank of the change in each layer; 0 trains all weights")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="the change is scaled by lora_alpha / lora_rank; none: twice the rank"
+    )
+    lora_targets: str = Field(
+        "all", min_length=1, description="linear layers of the decoder to change: all, or names such as q_proj,v_proj"
+    )
+    dora: bool = Field(False, description="DoRA: directions of rank lora_rank, magnitudes of their own")
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="QLoRA: the frozen weights in 4 bits, on CUDA, by bitsandbytes"
+    )
+
+    def alpha_of_lora(self) -> float:
+        """`lora_alpha`, else twice the rank."""
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    def target_names(self) -> tuple[str, ...]:
+        """The names in `lora_targets`; none for all."""
+        return () if self.lora_targets == "all" else tuple(filter(None, map(str.strip, self.lora_targets.split(","))))
+
+    @check(mode="after")
+    def _adapter_keys_are_used(self, info: ValidationInfo) -> Self:
+        for key in ("lora_alpha", "lora_targets", "dora", "quantize"):
+            if self.lora_rank == 0 and getattr(self, key) != type(self).model_fields[key].default:
+                raise refusal(info, key, f"{key} belongs to an adapter: set lora_rank, or leave it out")
+        device = str(getattr(self, "device", "auto"))
+        if self.quantize != "none" and device in ("cpu", "mps"):
+            raise refusal(info, "quantize", f"quantize {self.quantize} needs a CUDA device, not {device}; leave it out")
+        if not self.target_names() and self.lora_targets != "all":
+            raise refusal(info, "lora_targets", f"lora_targets {self.lora_targets!r} names no layer")
         return self
 
 
@@ -208,7 +244,7 @@ class Folder(Settings):
 
 
 # Bases stand last section first: pydantic collects fields from the last base on.
-class TrainingConfig(Folder, Machine, Optimization, Reading):
+class TrainingConfig(Folder, Machine, Adapting, Optimization, Reading):
     """What every training stage can be told."""
 
     if TYPE_CHECKING:  # a key of DPO, a constant of SFT

@@ -20,6 +20,7 @@ from preftune.engine.run import Run
 from preftune.equations.likelihood import negative_log_likelihood
 from preftune.models.logprobs import score
 from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model, read_data
+from preftune.recipes.adapting import to_train
 from preftune.recipes.configs import SftConfig
 from preftune.recipes.meters import TokenMeter, token_weights
 from preftune.records import RunCard
@@ -31,7 +32,7 @@ __all__ = ["SftConfig", "main"]
 def main(cfg: SftConfig) -> RunCard:
     """Fine-tune `cfg.model` on the responses of `cfg.data`; the result is a Hugging Face folder, `out/model`."""
     with Run.open(cfg.out, stage="sft", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
-        model, batching = open_model(cfg.model, cfg, run)
+        model, batching = open_model(cfg.model, cfg, run, read=to_train(cfg, cfg.seed))
         train, held_out = read_data(cfg, model.tokenizer, run, kind="demonstrations")
         batching.check(model.model, [*train, *held_out])
 
