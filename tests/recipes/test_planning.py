@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from preftune.recipes.planning import (
     settings,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape.of(
     LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -102,6 +105,20 @@ def test_nodes_are_bound_by_the_network() -> None:
     assert (H100.bandwidth(8), H100.bandwidth(9)) == (450, 400)
     slow = replace(H100, link=10, network=10)
     assert settings(JOB, slow, 8192)[2].seconds.fast > settings(JOB, H100, 8192)[2].seconds.fast
+
+
+def test_slow_end_is_compute_and_the_network_shown_one_after_the_other() -> None:
+    """Nothing overlaps at the slow end: its seconds are the sum of the three parts."""
+    one = next(s for s in settings(JOB, H100, 8192) if s.shard and not s.activation_checkpointing)
+    compute = flops(SHAPE, HH.times(16)) / (0.25 * 989e12)
+    sending, optimizer = one.traffic.sent / (0.4 * 450e9), one.traffic.optimizer / (0.4 * 3350e9)
+    assert one.seconds.slow == pytest.approx(compute + sending + optimizer)
+
+
+def test_page_shows_what_the_cost_model_says() -> None:
+    """The table of docs/scaling.md is what `scripts/scaling_table.py` prints."""
+    script = runpy.run_path(str(ROOT / "scripts/scaling_table.py"))
+    assert script["BEGIN"] + script["table"]() + script["END"] in (ROOT / "docs/scaling.md").read_text()
 
 
 def test_reference_costs_a_forward_once() -> None:

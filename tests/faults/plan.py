@@ -1,0 +1,106 @@
+"""A cost model that forgets, doubles or misplaces something, and a plan that promises what it must not."""
+
+from __future__ import annotations
+
+from fault import Fault
+
+_COST = "src/preftune/models/cost.py"
+_PLANNING = "src/preftune/recipes/planning.py"
+_PLAN = "src/preftune/recipes/plan.py"
+_COSTS = "tests/models/test_cost.py"
+_PLANS = "tests/recipes/test_planning.py"
+_STAGE = "tests/recipes/test_plan.py"
+
+FAULTS = [
+    Fault(
+        "cost: the last token of a response is counted as fed",
+        _COST,
+        "sum(length - 1 for length in responses)",
+        "sum(length for length in responses)",
+        f"{_COSTS} -k torch_counts",
+    ),
+    Fault(
+        "cost: the head counts as a layer of the decoder",
+        _COST,
+        "and m is not head]",
+        "] + [head.weight]",
+        f"{_COSTS} -k torch_counts",
+    ),
+    Fault(
+        "cost: frozen weights get a weight gradient",
+        _COST,
+        "trains = 4 if rank else 6",
+        "trains = 6",
+        f"{_COSTS} -k torch_counts",
+    ),
+    Fault(
+        "cost: attention's backward costs as much as its forward",
+        _COST,
+        "(3.5 + again) * 4",
+        "(2 + again) * 4",
+        f"{_COSTS} -k literature",
+    ),
+    Fault(
+        "cost: activation checkpointing recomputes the head too",
+        _COST,
+        "trains * shape.head * work.scored + (",
+        "(trains + 2 * again) * shape.head * work.scored + (",
+        f"{_COSTS} -k checkpointing_reference",
+    ),
+    Fault(
+        "cost: a tensor that two operations keep is counted twice",
+        _COST,
+        "storages[storage._cdata] = storage",
+        "storages[len(storages)] = storage",
+        f"{_COSTS} -k autograd_keeps",
+    ),
+    Fault(
+        "cost: an adapter carries the moments of the base",
+        _COST,
+        "moments=8 * trained / shards",
+        "moments=8 * shape.parameters / shards",
+        f"{_COSTS} -k adapter_holds",
+    ),
+    Fault(
+        "cost: an all-reduce sends what a reduce-scatter sends",
+        _COST,
+        "(micro_batches if shard else 2)",
+        "(micro_batches if shard else 1)",
+        f"{_COSTS} -k shards_divide",
+    ),
+    Fault(
+        "plan: the mean device sets the pace",
+        _PLANNING,
+        "return math.ceil(self.batch_size / self.devices)",
+        "return max(1, self.batch_size // self.devices)",
+        f"{_PLANS} -k busiest",
+    ),
+    Fault(
+        "plan: the smallest budget that fits is taken",
+        _PLANNING,
+        "return powers[::-1] or",
+        "return powers or",
+        f"{_PLANS} -k largest_that_fits",
+    ),
+    Fault(
+        "plan: all of the memory may be planned with",
+        _PLANNING,
+        "fits=held.total <= USABLE * on.memory * 1e9",
+        "fits=held.total <= on.memory * 1e10",
+        f"{_PLANS} -k advice_fits",
+    ),
+    Fault(
+        "plan: sending is hidden at the slow end too",
+        _PLANNING,
+        "(max(compute, sending) if end else compute + sending)",
+        "max(compute, sending)",
+        f"{_PLANS} -k network_shown",
+    ),
+    Fault(
+        "plan: work per row instead of per pair",
+        _PLAN,
+        ".times(1 / pairs)",
+        ".times(1)",
+        f"{_STAGE} -k lengths_of_the_data",
+    ),
+]
