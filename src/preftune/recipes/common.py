@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from preftune.errors import ConfigError
 from preftune.models.attention import install
 from preftune.models.load import LoadedModel, load, save
 from preftune.models.logprobs import check_packing
+from preftune.recipes.fitting import Budget, attempt
 from preftune.recipes.model_card import model_card
 from preftune.recipes.report import finish
 from preftune.recipes.rl_configs import PpoConfig
@@ -36,6 +37,8 @@ __all__ = ["MAY_DIFFER", "Batching", "Loop", "open_model", "read_data"]
 MAY_DIFFER = frozenset({"resume", "out", "save_every", "allow_refused"})
 CHECKED = 8
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -48,6 +51,8 @@ class Batching:
     feed_last: bool = False
     """Whether responses are fed whole, for what reads their last token."""
     world: World = ALONE
+    budget: Budget = field(default_factory=Budget)
+    """What memory has been seen to hold, where that is less."""
 
     def share(self, groups: Sequence[TokenGroup]) -> list[TokenGroup]:
         """This rank's part of the groups, in their order; the parts of all ranks cost the same number of fed tokens."""
@@ -61,12 +66,21 @@ class Batching:
     def __call__(self, groups: Sequence[TokenGroup]) -> Iterator[PackedBatch]:
         for batch in micro_batches(
             groups,
-            tokens_per_batch=self.tokens_per_batch,
+            tokens_per_batch=min(self.tokens_per_batch, self.budget.limit or self.tokens_per_batch),
             packed=self.packed,
             pad_id=self.pad_id,
             feed_last=self.feed_last,
         ):
             yield batch.to(self.device)
+
+    def fit(
+        self,
+        groups: Sequence[TokenGroup],
+        work: Callable[[Sequence[PackedBatch]], T],
+        forget: Callable[[], None] = lambda: None,
+    ) -> T:
+        """What `work` makes of the micro-batches of these groups; smaller ones when memory gives out, see `fitting`."""
+        return attempt(lambda: list(self(groups)), work, self.budget, forget)
 
     def check(
         self,
@@ -89,8 +103,7 @@ class Batching:
                 f"{longest.origin} is {tokens} tokens long and the model has {positions} positions; "
                 f"set --max_length {positions} and say with --truncation what becomes of longer rows"
             )
-        for batch in self([longest, *groups[:CHECKED]]):
-            check(model, batch)
+        self.fit([longest, *groups[:CHECKED]], lambda batches: [check(model, batch) for batch in batches])
 
 
 def open_model(
@@ -113,7 +126,8 @@ def open_model(
         loaded.model.train()  # transformers checkpoints in training mode only; dropout is 0 everywhere
     pad_id = loaded.tokenizer.pad_token_id
     pad_id = 0 if pad_id is None else pad_id
-    return loaded, Batching(cfg.tokens_per_batch, reason is None, pad_id, device, world=run.world)
+    budget = Budget(run.note)
+    return loaded, Batching(cfg.tokens_per_batch, reason is None, pad_id, device, world=run.world, budget=budget)
 
 
 def read_data(
@@ -220,6 +234,11 @@ class Loop:
                 saved = self.step
         if saved != self.step:
             self._save(self._checkpoints)
+
+    def forget(self) -> None:
+        """Forget the gradients of the step in hand, also those of a backward that did not come to its end."""
+        self.model.model.zero_grad()
+        self.optimizer.zero_grad()
 
     def end(self) -> None:
         """Take no further step: what there is is the result."""

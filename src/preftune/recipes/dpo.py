@@ -11,24 +11,26 @@ The objective of a step is the weighted mean over all its rows, whatever the mic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from preftune.data.packing import StepPlan
 from preftune.engine.clock import Clock
+from preftune.engine.parallel import World
 from preftune.engine.run import Run
 from preftune.equations.losses import LOSSES
 from preftune.equations.objective import Objective, State, Term
 from preftune.models.load import LoadedModel
+from preftune.recipes.adapting import to_train
 from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model
 from preftune.recipes.configs import DpoConfig
-from preftune.recipes.adapting import to_train
 from preftune.recipes.meters import PreferenceMeter
 from preftune.recipes.online import run_rounds
 from preftune.recipes.preferences import read_preferences
 from preftune.recipes.reference import LiveReference, Reference, certify_start
 from preftune.recipes.step import Scorer, accumulate, score_together
 from preftune.records import RunCard
-from preftune.tensors import TokenGroup
+from preftune.tensors import PackedBatch, TokenGroup
 
 __all__ = ["DpoConfig", "main", "train"]
 
@@ -63,10 +65,8 @@ def train(cfg: DpoConfig) -> RunCard:
         )  # fmt: skip
         clock = Clock()
         for step, groups, lr in loop.steps():
-            meter = PreferenceMeter(objective)
-            batches = list(batching(batching.share(groups)))
-            clock.lap("batches")
-            loop.memory = accumulate(score, batches, loop.memory, meter, clock, step=groups, world=run.world)
+            work = partial(one_step, score, loop.memory, groups, clock, run.world)
+            loop.memory, meter, batches = batching.fit(batching.share(groups), work, loop.forget)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
             if live:
@@ -81,6 +81,20 @@ def train(cfg: DpoConfig) -> RunCard:
             results=lambda: evaluate(score, batching, held_out, loop.memory) if held_out else {},
             method=f"Preferences, loss `{' + '.join(described(term) for term in objective.terms)}`.",
         )
+
+
+def one_step(
+    score: Scorer,
+    state: State,
+    groups: Sequence[TokenGroup],
+    clock: Clock,
+    world: World,
+    batches: Sequence[PackedBatch],
+) -> tuple[State, PreferenceMeter, Sequence[PackedBatch]]:
+    """Add the gradient of these micro-batches, a share of the step of `groups`, to the policy's parameters."""
+    meter = PreferenceMeter(score.objective)
+    clock.lap("batches")
+    return accumulate(score, batches, state, meter, clock, step=groups, world=world), meter, batches
 
 
 def reference_for(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from preftune.models.load import LoadedModel
 from preftune.models.logprobs import score
 from preftune.recipes.common import Batching, open_model
 from preftune.recipes.configs import DpoConfig
+from preftune.recipes.fitting import attempt
 from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup
 
 __all__ = ["LiveReference", "Reference", "certify_start"]
@@ -60,9 +61,7 @@ class Reference:
         run.note(f"reference log-probs: {len(groups) - sum(lacking)} groups cached, {sum(lacking)} to compute")
         with torch.no_grad(), run.working("reference", len(missing)) as advance:
             for start in range(0, max(lacking), GROUPS_AT_ONCE):
-                for batch in batching(missing[start : start + GROUPS_AT_ONCE]):
-                    cache.append(batch.groups, score(loaded.model, batch))
-                    advance(len(batch.groups))
+                _fill(cache, loaded.model, batching, missing[start : start + GROUPS_AT_ONCE], advance)
                 if run.stopping():  # all ranks at the same place
                     cache.flush()
                     advance(0)
@@ -166,6 +165,23 @@ def certify_start(
         raise ReferenceMismatch(f"the step-0 loss is {loss:.6f}; this loss starts at {constant:.6f} +- {slack:.1e}")
     else:
         run.note(f"step-0 certificate: loss {loss:.6f}, largest log-ratio {worst:.1e} nats per root token")
+
+
+def _fill(
+    cache: ReferenceCache,
+    model: nn.Module,
+    batching: Batching,
+    groups: Sequence[TokenGroup],
+    advance: Callable[[int], None],
+) -> None:
+    """Compute what the cache lacks of these groups; after a lack of memory what it still lacks, in smaller batches."""
+
+    def compute(batches: Sequence[PackedBatch]) -> None:
+        for batch in batches:
+            cache.append(batch.groups, score(model, batch))
+            advance(len(batch.groups))
+
+    attempt(lambda: list(batching(cache.missing(groups))), compute, batching.budget, lambda: None)
 
 
 def _refuse_other_vocabulary(cfg: DpoConfig, loaded: LoadedModel, policy: LoadedModel) -> None:

@@ -68,18 +68,8 @@ def main(cfg: RewardConfig) -> RunCard:
         loop = Loop(cfg, run, plan, model, peak_lr=cfg.lr)
         clock = Clock()
         for step, groups, lr in loop.steps():
-            meter = RewardMeter(cfg.unit)
-            step_weight = total_weight(groups) if cfg.loss == "bt" else sum(group.weight for group in groups)
-            batches = list(batching(batching.share(groups)))
-            clock.lap("batches")
-            for batch in batches:
-                rewards_R = reward(model.model, batch)
-                values, weight = losses(cfg, rewards_R, batch)
-                step_loss = (values * weight).sum() / step_weight
-                clock.lap("forward")
-                step_loss.backward()
-                clock.lap("backward")
-                meter.add(batch, rewards_R, values, weight)
+            work = partial(one_step, cfg, model.model, groups, clock)
+            meter, batches = batching.fit(batching.share(groups), work, loop.forget)
             meter.join(run.world)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
@@ -94,6 +84,24 @@ def main(cfg: RewardConfig) -> RunCard:
             return (evaluate(cfg, model.model, batching, held_out, centred[OFFSET]) if held_out else {}) | centred
 
         return loop.finish(results=results, method=f"A reward model, loss `{cfg.described()}`; see its `{OFFSET}`.")
+
+
+def one_step(
+    cfg: RewardConfig, model: nn.Module, groups: Sequence[TokenGroup], clock: Clock, batches: Sequence[PackedBatch]
+) -> tuple[RewardMeter, Sequence[PackedBatch]]:
+    """Add the gradient of these micro-batches, a share of the step of `groups`, to the model's parameters."""
+    meter = RewardMeter(cfg.unit)
+    step_weight = total_weight(groups) if cfg.loss == "bt" else sum(group.weight for group in groups)
+    clock.lap("batches")
+    for batch in batches:
+        rewards_R = reward(model, batch)
+        values, weight = losses(cfg, rewards_R, batch)
+        step_loss = (values * weight).sum() / step_weight
+        clock.lap("forward")
+        step_loss.backward()
+        clock.lap("backward")
+        meter.add(batch, rewards_R, values, weight)
+    return meter, batches
 
 
 def losses(cfg: RewardConfig, rewards_R: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -112,10 +120,15 @@ def evaluate(
     cfg: RewardConfig, model: nn.Module, batching: Batching, groups: Sequence[TokenGroup], offset: float = 0.0
 ) -> dict[str, Any]:
     """Loss, accuracy, calibration and the longest-wins baseline on held-out comparisons, with 95 % intervals."""
-    meter = RewardMeter(cfg.unit, offset)
-    for batch in batching(batching.share(groups)):
-        rewards_R = reward(model, batch)
-        meter.add(batch, rewards_R, *losses(cfg, rewards_R, batch))
+
+    def measured(batches: Sequence[PackedBatch]) -> RewardMeter:
+        meter = RewardMeter(cfg.unit, offset)
+        for batch in batches:
+            rewards_R = reward(model, batch)
+            meter.add(batch, rewards_R, *losses(cfg, rewards_R, batch))
+        return meter
+
+    meter = batching.fit(batching.share(groups), measured)
     meter.join(batching.world)
     return meter.held_out()
 
@@ -123,10 +136,10 @@ def evaluate(
 @torch.no_grad()
 def centre(model: Any, batching: Batching, samples: Sequence[TokenGroup]) -> dict[str, float]:
     """Set the model's `reward_offset` to the mean reward of the samples: a row of weight 2 counts twice."""
-    rewards, weights = list[float](), list[float]()
-    for batch in batching(batching.share(samples)):
-        rewards += reward(model, batch).double().tolist()
-        weights += [group.weight for group in batch.groups for _ in group.responses]
+    share = batching.share(samples)
+    found = batching.fit(share, lambda batches: [(batch.groups, reward(model, batch).tolist()) for batch in batches])
+    rewards = [r for _, rewards in found for r in rewards]
+    weights = [group.weight for groups, _ in found for group in groups for _ in group.responses]
     parts = batching.world.gather([rewards, weights], "the rewards of the reference samples")
     values, weight = (np.array([x for part in parts for x in part[i]]) for i in (0, 1))
     offset = float(np.average(values, weights=weight))

@@ -9,6 +9,7 @@ policy when there is no SFT model. The prompt is never trained on; every complet
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from preftune.engine.clock import Clock
 from preftune.engine.run import Run
 from preftune.equations.likelihood import negative_log_likelihood
 from preftune.models.logprobs import score
-from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model, read_data
 from preftune.recipes.adapting import to_train
+from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model, read_data
 from preftune.recipes.configs import SftConfig
 from preftune.recipes.meters import TokenMeter, token_weights
 from preftune.records import RunCard
-from preftune.tensors import TokenGroup
+from preftune.tensors import PackedBatch, TokenGroup
 
 __all__ = ["SftConfig", "main"]
 
@@ -40,16 +41,7 @@ def main(cfg: SftConfig) -> RunCard:
         loop = Loop(cfg, run, plan, model, peak_lr=cfg.lr)
         clock = Clock()
         for step, groups, lr in loop.steps():
-            meter = TokenMeter()
-            step_tokens = sum(group.weight * len(r) for group in groups for r in group.responses)
-            for batch in batching(batching.share(groups)):
-                clock.lap("batches")
-                values_C = negative_log_likelihood(score(model.model, batch))
-                step_loss = (values_C * token_weights(batch)).sum() / step_tokens
-                clock.lap("forward")
-                step_loss.backward()
-                clock.lap("backward")
-                meter.add(batch, values_C)
+            meter = batching.fit(batching.share(groups), partial(one_step, model.model, groups, clock), loop.forget)
             meter.join(run.world)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
@@ -65,11 +57,33 @@ def main(cfg: SftConfig) -> RunCard:
         )
 
 
+def one_step(
+    model: nn.Module, groups: Sequence[TokenGroup], clock: Clock, batches: Sequence[PackedBatch]
+) -> TokenMeter:
+    """Add the gradient of these micro-batches, a share of the step of `groups`, to the model's parameters."""
+    meter = TokenMeter()
+    step_tokens = sum(group.weight * len(r) for group in groups for r in group.responses)
+    clock.lap("batches")
+    for batch in batches:
+        values_C = negative_log_likelihood(score(model, batch))
+        step_loss = (values_C * token_weights(batch)).sum() / step_tokens
+        clock.lap("forward")
+        step_loss.backward()
+        clock.lap("backward")
+        meter.add(batch, values_C)
+    return meter
+
+
 def evaluate(model: nn.Module, batching: Batching, groups: Sequence[TokenGroup]) -> dict[str, Any]:
     """Loss and perplexity per completion token on held-out responses, with a 95 % interval over responses."""
-    meter = TokenMeter()
-    with torch.no_grad():
-        for batch in batching(batching.share(groups)):
+
+    @torch.no_grad()
+    def measured(batches: Sequence[PackedBatch]) -> TokenMeter:
+        meter = TokenMeter()
+        for batch in batches:
             meter.add(batch, negative_log_likelihood(score(model, batch)))
+        return meter
+
+    meter = batching.fit(batching.share(groups), measured)
     meter.join(batching.world)
     return meter.held_out()

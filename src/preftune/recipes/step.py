@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from preftune.engine.clock import Clock
+from preftune.engine.memory import out_of_memory
 from preftune.engine.parallel import ALONE, World
 from preftune.equations.objective import Objective, State
+from preftune.errors import RunError
 from preftune.models.logprobs import score_tokens
 from preftune.recipes.common import Batching
 from preftune.recipes.meters import PreferenceMeter
@@ -109,6 +111,22 @@ def _in_two_passes(
     objective.share(found, objective.totals(groups)).backward()
     meter.add(groups, whole, found, state)
     clock.lap("forward")
+    try:
+        _second_pass(score, batches, whole, starts, clock)
+    except (RuntimeError, MemoryError) as error:
+        if world.size == 1 or not out_of_memory(error):
+            raise
+        raise RunError(  # the other ranks have gone on, so this one cannot start the step anew
+            "out of memory in the second pass of a loss that couples the rows of a step, with several processes; "
+            f"set --tokens_per_batch to half, {max(batch.input_ids.numel() for batch in batches) // 2}"
+        ) from error
+    return state
+
+
+def _second_pass(
+    score: Scorer, batches: Sequence[PackedBatch], whole: ResponseLogps, starts: dict[str, int], clock: Clock
+) -> None:
+    """Log-probs again, one micro-batch at a time, and backward with the gradients of `whole`."""
     for batch in batches:
         outputs, gradients = [], []
         for name, part in _columns(score(batch)):
@@ -121,7 +139,6 @@ def _in_two_passes(
         starts["tokens"] += int(batch.lengths.sum())
         torch.autograd.backward(outputs, gradients)
         clock.lap("backward")
-    return state
 
 
 def score_all(score: Scorer, batches: Iterable[PackedBatch]) -> ResponseLogps:
@@ -136,8 +153,7 @@ def score_together(
     score: Scorer, batching: Batching, groups: Sequence[TokenGroup]
 ) -> tuple[ResponseLogps, list[TokenGroup]]:
     """Every response of the groups without gradient, each scored by one rank and known to all; in which order."""
-    batches = list(batching(batching.share(groups)))
-    return _joined(score, batches, groups, batching.world)[:2]
+    return batching.fit(batching.share(groups), lambda batches: _joined(score, batches, groups, batching.world))[:2]
 
 
 def _joined(

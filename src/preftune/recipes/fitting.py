@@ -1,0 +1,108 @@
+"""Work that does not fit in memory is done again in smaller micro-batches: same mathematics, same numbers.
+
+    attempt: all micro-batches of the step, forward and backward
+    out of memory at one of them: forget every gradient of the step, half of its tokens as the budget, attempt anew
+
+Replaying the whole step is what makes it exact: a backward that stopped half-way has added to some gradients and not to
+others, and only a second copy of all gradients could tell which. It costs part of a step, once for each halving of a
+run, because the lowered budget stays. Denominators belong to the step, so no other number depends on the budget.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from preftune.engine.memory import out_of_memory
+from preftune.errors import RunError
+from preftune.tensors import PackedBatch
+
+__all__ = ["Budget", "attempt"]
+
+T = TypeVar("T")
+
+
+@dataclass
+class Budget:
+    """What memory has been seen to hold: shared by everything that is computed in one run."""
+
+    note: Callable[[str], None] = print
+    limit: int | None = None
+    """At most so many tokens at once, lower than asked for; None: as asked for."""
+    fitted: int = 0
+    """The most tokens of a micro-batch that went through."""
+
+    def below(self, failed: PackedBatch) -> None:
+        """Lower the limit to half of what did not fit. Raises RunError when that is a single row already."""
+        tokens = failed.input_ids.numel()
+        if len(failed.groups) > 1:
+            self.limit = tokens // 2
+            self.note(
+                f"out of memory at {tokens} tokens: done anew, and the run goes on, with at most {self.limit} at "
+                f"once (next time: --tokens_per_batch {self.limit})"
+            )
+            return
+        (row,) = failed.groups
+        shorter = self.fitted // len(row.responses)  # prompt + responses <= that many times the longest of them
+        known = f"{self.fitted} tokens did fit: set --max_length {shorter}" if shorter > 1 else "set --max_length lower"
+        raise RunError(
+            f"{row.origin or 'a row'}: out of memory with this row alone, {tokens} tokens with its "
+            f"{len(row.responses)} responses. {known}, with --truncation, or --activation_checkpointing full"
+        )
+
+
+@dataclass
+class _InHand(Sequence[PackedBatch]):
+    """Micro-batches, of which one is being worked on."""
+
+    batches: Sequence[PackedBatch]
+    at: PackedBatch | None = None
+    before: list[PackedBatch] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.batches[i]
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        self.before = []
+        for batch in self.batches:
+            self.at = batch
+            yield batch
+            self.before.append(batch)
+        self.at = None
+
+
+def attempt(
+    batches: Callable[[], Sequence[PackedBatch]],
+    work: Callable[[Sequence[PackedBatch]], T],
+    budget: Budget,
+    forget: Callable[[], None],
+) -> T:
+    """What `work` makes of the batches, cut smaller until it fits; before each new attempt `forget` undoes the last.
+
+    `work` iterates over what it is given and keeps nothing of a failed attempt. Raises RunError, naming row and
+    setting, when a single row does not fit.
+    """
+    while True:
+        given = _InHand(batches())
+        try:
+            result = work(given)
+        except (RuntimeError, MemoryError) as error:
+            if given.at is None or not out_of_memory(error):
+                raise
+        else:
+            budget.fitted = max([budget.fitted, *(batch.input_ids.numel() for batch in given.batches)])
+            return result
+        # Outside of `except`: the traceback, which holds the activations, is gone.
+        forget()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        budget.fitted = max([budget.fitted, *(batch.input_ids.numel() for batch in given.before)])
+        budget.below(given.at)
