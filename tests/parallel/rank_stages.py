@@ -1,4 +1,4 @@
-"""What every rank of the trajectory tests runs: stages one after the other, and the weights that each rank ends with."""
+"""What every rank of the trajectory tests runs: stages in turn, and a hash of the weights that each rank ends with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of several processes share: starting ranks as a launcher does, waiting for them, reading what they did."""
+"""What the tests of several processes share: ranks started as a launcher does, waited for, and what they wrote."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLOCK = ("share_", "_per_second", "padding_fraction")
 def start(
     arguments: Sequence[str], size: int, *, own: Mapping[int, Mapping[str, str]] | None = None
 ) -> list[subprocess.Popen[str]]:
-    """`python ARGUMENTS` in `size` processes with the variables that torchrun sets; `own`: more of them for one rank."""
+    """`python ARGUMENTS` in `size` processes with the variables of torchrun; `own`: more of them for one rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +67,9 @@ def train_rows(out: Path) -> list[dict[str, Any]]:
 def rows(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The metrics of every record, without what the clock and the cutting say."""
     path = out / "metrics.jsonl"
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    lines = (
+        [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    )
     found = [json.loads(line) for line in lines]
     return [
         {name: value for name, value in row["metrics"].items() if not any(part in name for part in CLOCK)}

@@ -44,7 +44,7 @@ def inputs(tiny_model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.T
     lines = pairs_file.read_text().splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(lines[:32]))
     (folder / "eval.jsonl").write_text("".join(lines[32:]))
-    words = "the cat sat on a mat and ran to park with dog".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "to", "park", "with", "dog"]
     for name, part in (("asked", words[:9]), ("held", words[9:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"the {word}"}) + "\n" for word in part))
     return {name: str(folder / f"{name}.jsonl") for name in ("train", "eval", "asked", "held")} | {
