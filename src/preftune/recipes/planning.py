@@ -16,7 +16,20 @@ from dataclasses import dataclass
 
 from preftune.models.cost import Memory, Shape, Traffic, Work, flops, forward_flops, memory, traffic
 
-__all__ = ["ACCELERATORS", "Accelerator", "Job", "Range", "Setting", "advised", "reference_seconds", "settings"]
+__all__ = [
+    "ACCELERATORS",
+    "PER_NODE",
+    "SHARE_OF_BANDWIDTH",
+    "SHARE_OF_PEAK",
+    "USABLE",
+    "Accelerator",
+    "Job",
+    "Range",
+    "Setting",
+    "advised",
+    "reference_seconds",
+    "settings",
+]
 
 SHARE_OF_PEAK = (0.25, 0.65)
 """Of FLOPs done, recomputation included: public DPO runs reach 0.2 to 0.31, the best plain training known 0.67."""
