@@ -52,7 +52,7 @@ STAGES: Mapping[str, str] = {
 }
 """Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 
-PARALLEL = ("sft", "dpo", "reward", "ppo")
+PARALLEL = ("sft", "sample", "dpo", "reward", "ppo")
 """Stages that several processes do together; the others would be done as often as there are processes."""
 
 _ENV = "versions and hardware, for bug reports"
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"preftune: {parallel.named()}{problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:  # before or after the part of a run that turns signals into checkpoints
-        print("preftune: stopped", file=sys.stderr)
+        if parallel.launched()[0] == 0:
+            print("preftune: stopped", file=sys.stderr)
         return 130
     except SystemExit:  # stopped by a signal: every rank at the same step, all is written
         parallel.leave()

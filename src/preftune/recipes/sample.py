@@ -5,7 +5,8 @@
 Killed at any instant and run again, the file ends as it would have: whole lines stay, a torn one is cut, and a batch
 that is there in part is computed once more as the same batch. A line's key names the prompt's content, the model and
 the sampler's settings, and responses are numbered under it: a larger n adds the numbers that are missing (`KEY+2`: from
-number 2 on), another seed, setting or model adds lines under other keys, and new prompts are simply new.
+number 2 on), another seed, setting or model adds lines under other keys, and new prompts are simply new. Several
+processes take the batches in turn, and rank 0 writes them in the order that one process would.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from preftune.engine.card import new_card, read_card
 from preftune.engine.console import Display
 from preftune.engine.files import replace_file
 from preftune.engine.lines import growing
-from preftune.errors import ArtifactError, DataError
+from preftune.engine.parallel import World, world
+from preftune.errors import ArtifactError, ConfigError, DataError
 from preftune.recipes.loop_configs import SampleConfig
 from preftune.recipes.writers import Local, Remote, Task, Writer, Written
 from preftune.records import Prompt, Response, RunCard, SampledResponses, from_json, to_json
@@ -39,21 +42,27 @@ Places = Sequence[tuple[Prompt, str]]
 
 def main(cfg: SampleConfig) -> RunCard:
     """Append to `cfg.out` what it lacks of n responses to every prompt; the run card is `OUT.run.json` beside it."""
-    out, display = Path(cfg.out), Display()
+    out, ranks = Path(cfg.out), world()
+    if cfg.engine and ranks.size > 1:
+        raise ConfigError("a server is asked by one process: start without torchrun, and raise --concurrency instead")
+    display = Display(quiet=ranks.rank > 0)
     prompts, facts = read(cfg, display)
-    with growing(out, begins=BEGINS) as file:
-        held = held_numbers(out, file.lines)
-        writer: Writer = Remote(cfg) if cfg.engine else Local(cfg, display)
+    with nullcontext() if ranks.rank else growing(out, begins=BEGINS) as file:
+        lines = file.lines if file else ()
+        held = known_to_all(held_numbers(out, lines), ranks)
+        writer: Writer = Remote(cfg) if cfg.engine else Local(cfg, display, ranks)
         tasks = tasks_for(cfg, writer, prompts, held)
         done = frozenset(task.key for task in tasks if task.first in held[task.content])
         card = replace(new_card("sample", cfg.model_dump()), hashes=dict(writer.identity), data={"prompts": facts})
-        keep(out, card)
+        if file:
+            keep(out, card)
         counts = tally([])
         written, began = len(done), time.monotonic()
         try:
             display.begin("prompts", len(tasks), written)
             for batch in writer.write(tasks, done):
-                file.append([line(task, responses) for task, responses in batch])
+                if file:
+                    file.append([line(task, responses) for task, responses in batch])
                 counts.update(tally(batch))
                 written += len(batch)
                 rate = counts["tokens"] / (time.monotonic() - began)
@@ -66,10 +75,11 @@ def main(cfg: SampleConfig) -> RunCard:
         finally:
             display.end()
             seconds = round(time.monotonic() - began, 3)
-            results = {"prompts": len(prompts), "lines_found": len(file.lines), **counts, "seconds": seconds}
+            results = {"prompts": len(prompts), "lines_found": len(lines), **counts, "seconds": seconds}
             results["tokens_per_second"] = round(counts["tokens"] / seconds, 1) if seconds else 0.0
             times = card.times | {"ended": round(time.time(), 3)}
-            card = keep(out, replace(card, status=status, results=results, times=times))
+            card = replace(card, status=status, results=results, times=times)
+            card = keep(out, card) if file else card
     display.note(f"sample done: {counts['lines']} lines with {counts['responses']} responses added to {out}")
     return card
 
@@ -105,6 +115,12 @@ def held_numbers(out: Path, lines: Sequence[str]) -> defaultdict[str, dict[int, 
         except (ValueError, TypeError) as problem:
             raise ArtifactError(f"{out}:{number}: no line of samples ({problem}); choose another --out") from None
     return held
+
+
+def known_to_all(held: defaultdict[str, dict[int, int]], ranks: World) -> defaultdict[str, dict[int, int]]:
+    """What rank 0, which alone has the file, holds."""
+    told = ranks.gather({content: list(there.items()) for content, there in held.items()}, "the samples found")[0]
+    return defaultdict(dict, {content: dict(there) for content, there in told.items()})
 
 
 def tasks_for(cfg: SampleConfig, writer: Writer, prompts: Places, held: Mapping[str, Mapping[int, int]]) -> list[Task]:

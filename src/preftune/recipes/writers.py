@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from preftune.engine.console import Display
 from preftune.engine.memory import keep_freed_memory
+from preftune.engine.parallel import ALONE, World
 from preftune.models.generate import plan, sample
 from preftune.models.load import load
 from preftune.models.remote import Request, complete_in_order, endpoint
 from preftune.recipes.loop_configs import SampleConfig
-from preftune.records import Prompt, Response
+from preftune.records import Prompt, Response, from_json, to_json
 
 __all__ = ["Local", "Remote", "Task", "Writer", "Written"]
 
@@ -52,13 +53,13 @@ class Writer(Protocol):
 class Local:
     """The model on this machine, by `models.generate`."""
 
-    def __init__(self, cfg: SampleConfig, display: Display) -> None:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    def __init__(self, cfg: SampleConfig, display: Display, world: World = ALONE) -> None:
+        device = torch.device(world.device(cfg.device))
         automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
         if device.type == "cpu":
             keep_freed_memory()
         dtype = {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
-        self.cfg, self.loaded = cfg, load(str(cfg.model), dtype=dtype, device=device)
+        self.cfg, self.world, self.loaded = cfg, world, load(str(cfg.model), dtype=dtype, device=device)
         self.identity: Mapping[str, str] = {
             "model_weights": self.loaded.weights_sha256,
             "model_tokenizer": self.loaded.tokenizer_sha256,
@@ -66,21 +67,42 @@ class Local:
         display.note(f"{cfg.model}: {str(dtype).removeprefix('torch.')} on {device}")
 
     def write(self, tasks: Sequence[Task], done: frozenset[str]) -> Iterator[Written]:
-        """Batches depend on all tasks, done or not: a batch done in part is computed whole, to the same last digit."""
-        cfg, model, tokenizer = self.cfg, self.loaded.model, self.loaded.tokenizer
-        size: dict[str, Any] = {"max_tokens": cfg.max_tokens, "batch_size": max(cfg.batch_size, cfg.n)}
-        for rows in plan(model, tokenizer, [task.prompt for task in tasks], n=cfg.n, **size):
-            if all(tasks[row].key in done for row in rows):
+        """Batches depend on all tasks, done or not: a batch done in part is computed whole, to the same last digit.
+
+        Every rank takes its turn at the batches and is told what the others wrote.
+        """
+        model, tokenizer, world = self.loaded.model, self.loaded.tokenizer, self.world
+        asked = [task.prompt for task in tasks]
+        batches = [
+            rows
+            for rows in plan(model, tokenizer, asked, n=self.cfg.n, **self._size())
+            if any(tasks[row].key not in done for row in rows)
+        ]
+        for start in range(0, len(batches), world.size):
+            mine: list[tuple[int, list[Response]]] = []
+            for rows in batches[start : start + world.size][world.rank : world.rank + 1]:
+                mine += [(row, found) for row, found in self._answers(tasks, rows) if tasks[row].key not in done]
+            if world.size == 1:
+                yield [(tasks[row], found) for row, found in mine]
                 continue
-            batch: Written = []
-            for first in sorted({tasks[row].first for row in rows}):
-                part = [tasks[row] for row in rows if tasks[row].first == first]
-                answers = sample(
-                    model, tokenizer, [task.prompt for task in part], n=cfg.n - first, first=first, seed=cfg.seed,
-                    temperature=cfg.temperature, top_p=cfg.top_p, writer=self.loaded.weights_sha256[:16], **size,
-                )  # fmt: skip
-                batch += zip(part, answers, strict=True)
-            yield [(task, responses) for task, responses in batch if task.key not in done]
+            told = world.gather([[row, [to_json(each) for each in found]] for row, found in mine], "the batch")
+            for part in filter(None, told):
+                yield [(tasks[row], [from_json(each) for each in found]) for row, found in part]
+
+    def _size(self) -> dict[str, int]:
+        return {"max_tokens": self.cfg.max_tokens, "batch_size": max(self.cfg.batch_size, self.cfg.n)}
+
+    def _answers(self, tasks: Sequence[Task], rows: Sequence[int]) -> Iterator[tuple[int, list[Response]]]:
+        """The responses to one batch; those that go on from the same number together."""
+        cfg = self.cfg
+        for first in sorted({tasks[row].first for row in rows}):
+            part = [row for row in rows if tasks[row].first == first]
+            answers = sample(
+                self.loaded.model, self.loaded.tokenizer, [tasks[row].prompt for row in part], n=cfg.n - first,
+                first=first, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p,
+                writer=self.loaded.weights_sha256[:16], **self._size(),
+            )  # fmt: skip
+            yield from zip(part, answers, strict=True)
 
 
 class Remote:
