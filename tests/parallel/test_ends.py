@@ -86,7 +86,7 @@ def test_torchrun_starts_it_and_reshapes_it(command: list[str], tmp_path: Path) 
     assert len(train_rows(out)) == 6 and "4 processes share the work" in told
 
 
-@pytest.mark.parametrize("stage", ["sample", "evaluate", "label", "quickstart", "dpo --online"])
+@pytest.mark.parametrize("stage", ["explain", "evaluate", "label", "quickstart", "dpo --online"])
 def test_a_stage_of_one_process_refuses_to_run_many_times(
     stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -94,7 +94,7 @@ def test_a_stage_of_one_process_refuses_to_run_many_times(
     values = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    named = {"sample": "--model m --prompts p --out", "label": "--samples s --db", "quickstart": "--out"}
+    named = {"explain": "--out", "label": "--samples s --db", "quickstart": "--out"}
     named |= {"evaluate": "--model m --reference r --prompts p --reward rule:length --out"}
     named |= {"dpo --online": "--model m --prompts p --judge rule:length --out"}
     assert cli([*stage.split(), *named[stage].split(), str(tmp_path / "x")]) == 2

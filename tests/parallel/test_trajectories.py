@@ -62,12 +62,18 @@ def settings(case: str, inputs: dict[str, str], out: Path) -> tuple[str, dict[st
     return stage, common | own
 
 
+def sampled(inputs: dict[str, str], out: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Two responses to each prompt in four batches, then a third one to each, in the same file."""
+    config = {"model": inputs["model"], "prompts": inputs["asked"], "out": str(out / "samples.jsonl"), "device": "cpu"}
+    config |= {"max_tokens": 8, "batch_size": 6, "temperature": 0.7}
+    return [("sample", config | {"n": 2}), ("sample", config | {"n": 3})]
+
+
 @pytest.fixture(scope="module")
 def alone(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by one process."""
     out = tmp_path_factory.mktemp("alone")
-    for case in CASES:
-        stage, config = settings(case, inputs, out)
+    for stage, config in [*sampled(inputs, out), *(settings(case, inputs, out) for case in CASES)]:
         importlib.import_module(f"preftune.recipes.{stage}").main(CONFIGS[stage](**config))
     return out
 
@@ -78,7 +84,7 @@ def together(request: pytest.FixtureRequest, inputs: dict[str, str], tmp_path_fa
     out = tmp_path_factory.mktemp(f"ranks{request.param}")
     plan = out / "plan.json"
     cases = CASES if request.param == 2 else ["dpo", "coupled", "ppo"]
-    plan.write_text(json.dumps([settings(case, inputs, out) for case in cases]))
+    plan.write_text(json.dumps([*sampled(inputs, out), *(settings(case, inputs, out) for case in cases)]))
     cache = out / "cache"
     found = ends(start([DRIVER, str(plan)], request.param, own={r: {"PREFTUNE_CACHE": str(cache)} for r in range(8)}))
     assert [code for code, _ in found] == [0] * request.param, "\n".join(told for _, told in found)
@@ -132,3 +138,9 @@ def test_the_work_is_shared_and_the_card_says_so(together: Path) -> None:
     size = (together / "ranks.txt").read_text()
     assert card["status"] == "done" and f"{size} processes share the work; rank 0 writes" in card["notes"]
     assert [row["pairs"] for row in rows(together / "dpo", "train")] == [8, 8, 8]
+
+
+def test_samples_are_those_of_one_process_byte_for_byte(alone: Path, together: Path) -> None:
+    """Ranks take the batches in turn; the file, log-probs included and continued once, is the one of one process."""
+    found = (together / "samples.jsonl").read_bytes()
+    assert found == (alone / "samples.jsonl").read_bytes() and found.count(b"\n") == 18
