@@ -57,8 +57,8 @@ FAULTS = [
     Fault(
         "cost: an adapter carries the moments of the base",
         _COST,
-        "moments=8 * trained / shards",
-        "moments=8 * shape.parameters / shards",
+        "moments=4 * moments * trained / shards",
+        "moments=4 * moments * shape.parameters / shards",
         f"{_COSTS} -k adapter_holds",
     ),
     Fault(
@@ -67,6 +67,13 @@ FAULTS = [
         "(micro_batches if shard else 2)",
         "(micro_batches if shard else 1)",
         f"{_COSTS} -k shards_divide",
+    ),
+    Fault(
+        "cost: the model asked about is given another attention",
+        _COST,
+        "config = deepcopy(config)  #",
+        "pass  #",
+        f"{_COSTS} -k left_as_it_was",
     ),
     Fault(
         "plan: the mean device sets the pace",

@@ -205,6 +205,15 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
     assert memory(shape, work).activations / 1000 == shape.kept
 
 
+def test_configuration_is_left_as_it_was() -> None:
+    """A model that is being trained keeps its attention function when its configuration is asked what it costs."""
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]).eval()
+    assert install(model) is None
+    before = (model.config._attn_implementation, model.config.dtype)
+    Shape.of(model.config, torch.bfloat16)
+    assert (model.config._attn_implementation, model.config.dtype) == before
+
+
 def test_total_is_the_sum_of_the_parts() -> None:
     """Every part counts once."""
     assert Memory(1, 2, 4, 8, 16, 32, 64).total == 127

@@ -22,6 +22,7 @@ where shapes are computed and nothing is stored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import astuple, dataclass, fields
 from typing import Any, Self
 
@@ -114,6 +115,7 @@ class Shape:
         try:
             if not hasattr(config, "to_dict"):
                 config = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+            config = deepcopy(config)  # transformers writes dtype and attention into it
             ALL_ATTENTION_FUNCTIONS.register(_COUNTING, attend)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_COUNTING).eval()
@@ -168,7 +170,7 @@ class Memory:
     masters: float
     """float32 copies of trained bfloat16 weights."""
     moments: float
-    """AdamW's two, float32."""
+    """What the optimizer keeps."""
     gradients: float
     """The float32 sum of a step, and a micro-batch's gradient of the largest weight."""
     activations: float
@@ -191,8 +193,11 @@ def memory(
     reference_in_loop: bool = False,
     rank: int = 0,
     shards: int = 1,
+    moments: float = 2,
 ) -> Memory:
-    """Bytes of training with AdamW, `work` being that of one micro-batch, everything in `shards` equal parts.
+    """Bytes of training, `work` being that of one micro-batch, everything in `shards` equal parts.
+
+    `moments`: float32 numbers that the optimizer keeps of a trained weight, 2 of AdamW.
 
     What the program itself occupies (libraries, CUDA context, fragments) is not in it.
     """
@@ -205,7 +210,7 @@ def memory(
     return Memory(
         weights=(frozen + trained) * size / shards + gathered,
         masters=4 * trained / shards if size < 4 else 0.0,
-        moments=8 * trained / shards,
+        moments=4 * moments * trained / shards,
         gradients=4 * trained / shards + (size * largest if size < 4 else 0.0),
         activations=kept * work.fed,
         head=room_of(work.scored, shape.vocabulary, shape.hidden, size, device),

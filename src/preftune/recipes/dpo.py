@@ -26,6 +26,7 @@ from preftune.recipes.common import MAY_DIFFER, Batching, Loop, open_model
 from preftune.recipes.configs import DpoConfig
 from preftune.recipes.meters import PreferenceMeter
 from preftune.recipes.online import run_rounds
+from preftune.recipes.outlook import outlook
 from preftune.recipes.preferences import read_preferences
 from preftune.recipes.reference import LiveReference, Reference, certify_start
 from preftune.recipes.step import Scorer, accumulate, score_together
@@ -58,6 +59,8 @@ def train(cfg: DpoConfig) -> RunCard:
             first = plan.groups_of(0, 0)
             certify_start(*score_together(score, batching, first), objective, reference, policy.model.dtype, run)
         live = reference if isinstance(reference, LiveReference) else None
+        if ahead := outlook(cfg, policy, batching, train, reference_in_loop=live is not None):
+            run.note(ahead)
 
         loop = Loop(
             cfg, run, plan, policy, peak_lr=cfg.peak_lr(),
