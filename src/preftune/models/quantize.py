@@ -2,6 +2,9 @@
 
 The frozen weights are rounded once, when they are loaded; products are computed in the model's dtype. The policy, its
 reference and everything that is measured then belong to the rounded model, not to the one in the folder.
+
+Only on CUDA: on a CPU bitsandbytes (0.50) rewrites the weights of a model in evaluation mode into a layout that has no
+gradient, and goes on with a warning.
 """
 
 from __future__ import annotations
