@@ -21,10 +21,20 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from preftune.errors import ConfigError, RunError
+from preftune.models.kernels import VarlenPlan, flex_attention, varlen_attention, varlen_plan
 from preftune.models.load import active_dropouts, quiet
 from preftune.tensors import AttentionPlan, Segment
 
-__all__ = ["BACKENDS", "KEYWORD", "Layout", "decoder", "install", "layout_for", "own_attention", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "KEYWORD",
+    "Layout",
+    "decoder",
+    "install",
+    "layout_for",
+    "own_attention",
+    "use_backend",
+]
 
 NAME = "preftune"
 KEYWORD = "packed_layout"
@@ -59,6 +69,8 @@ class Layout:
         self.calls: list[tuple[int, int | None]] = []
         """(layer's identity, its window) of every call; `install` counts them."""
         self._tiles: dict[Any, list[Tile]] = {}
+        self._varlen: VarlenPlan | None = None
+        self._masks: dict[int | None, Any] = {}
         # Per token [N]: its segment, the keys it sees before its own segment, and its position in the sequence.
         self._segment, self._from, self._to, self._position = torch.zeros(4, plan.length, dtype=torch.int64)
         for i, s in enumerate(plan.segments):
@@ -70,12 +82,39 @@ class Layout:
 
     def tiles(self, query: Tensor, groups: int, window: int | None, block: int) -> list[Tile]:
         """The tiling in which groups of up to `block` tokens are blocks, with masks like `query`; `groups` is G."""
-        if window is not None and window >= self.longest:
-            window = None  # then a sliding layer is a full one, and shares its tiles
+        window = self._cutting(window)
         key = (groups, window, block)
         if key not in self._tiles:
             self._tiles[key] = [self._with_mask(tile, query, groups, window) for tile in self._cut(block)]
         return self._tiles[key]
+
+    def varlen(self, device: torch.device) -> VarlenPlan:
+        """The row as sequences of a variable-length kernel."""
+        if self._varlen is None:
+            self._varlen = varlen_plan(self.plan, device)
+        return self._varlen
+
+    def block_mask(self, device: torch.device, window: int | None) -> Any:
+        """`visible` as a block mask of FlexAttention."""
+        window = self._cutting(window)
+        if window not in self._masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            segment, first, last, position = (
+                each.to(device) for each in (self._segment, self._from, self._to, self._position)
+            )
+
+            def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                seen = ((segment[q] == segment[k]) & (k <= q)) | ((first[q] <= k) & (k < last[q]))
+                return seen if window is None else seen & (position[q] - position[k] < window)
+
+            n = self.plan.length
+            self._masks[window] = create_block_mask(visible, None, None, n, n, device, _compile=device.type == "cuda")
+        return self._masks[window]
+
+    def _cutting(self, window: int | None) -> int | None:
+        """None where a window cuts nothing off: then a sliding layer is a full one, and shares its tiles."""
+        return None if window is None or window >= self.longest else window
 
     def _cut(self, block: int) -> list[Tile]:
         starts = [s.start for s in self.plan.segments if s.prefix_end <= s.prefix_start]
@@ -152,7 +191,22 @@ def dense(
     return _block(query, key, value, mask, scale, softcap)
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "dense": dense}
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """All segments in one call of a variable-length kernel, on CUDA in bfloat16."""
+    assert softcap is None, "no kernel of this kind knows a softcap"
+    return varlen_attention(query, key, value, layout.varlen(query.device), scale, window)
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """FlexAttention under a block mask, on CUDA."""
+    return flex_attention(query, key, value, layout.block_mask(query.device, window), scale, softcap)
+
+
+BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "dense": dense, "varlen": varlen, "flex": flex}
 
 
 def _block(

@@ -20,7 +20,8 @@ from preftune.engine.parallel import ALONE, World
 from preftune.engine.run import Run
 from preftune.engine.schedule import learning_rate
 from preftune.errors import ConfigError
-from preftune.models.attention import install
+from preftune.models.attention import install, use_backend
+from preftune.models.backends import choose_backend
 from preftune.models.load import LoadedModel, load, save
 from preftune.models.logprobs import check_packing
 from preftune.recipes.fitting import Budget, attempt
@@ -121,6 +122,13 @@ def open_model(
     rows = "packed rows" if reason is None else f"padded rows, because {reason}"
     for note in (*loaded.notes, f"{name}: {str(dtype).removeprefix('torch.')} on {device}, {rows}"):
         run.note(note)
+    if reason is None:
+        attention, why = choose_backend(loaded.model, cfg.attention)
+        use_backend(loaded.model, attention)
+        if (attention, cfg.attention) != ("sdpa", "auto") or device.type == "cuda":
+            run.note(f"attention: {attention} ({why})")
+    elif cfg.attention != "auto":
+        raise ConfigError(f"attention {cfg.attention} is for packed rows; {name} takes padded ones: set auto")
     if cfg.activation_checkpointing:
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
         loaded.model.train()  # transformers checkpoints in training mode only; dropout is 0 everywhere

@@ -230,6 +230,9 @@ class Machine(Settings):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N; auto prefers CUDA"
     )
+    attention: Literal["auto", "sdpa", "varlen", "flex", "dense"] = Field(
+        "auto", description="kernel for packed rows: auto takes varlen or flex on CUDA where they are right, else sdpa"
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
 
 
