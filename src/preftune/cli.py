@@ -49,6 +49,7 @@ STAGES: Mapping[str, str] = {
     "study anchor": "is the reference an anchor: KL against beta, with certain labels, without a reference",
     "study shift": "does DPO generalise worse: reward and KL on other prompts and on longer ones",
     "study length": "does DPO write longer: answers at equal KL under three truths about length",
+    "study gradient": "does sampling block the gradient: estimates from samples against the exact one",
 }
 """Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 

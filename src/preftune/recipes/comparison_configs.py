@@ -225,8 +225,22 @@ class LengthConfig(StudyConfig):
     study = "length"
 
 
+class GradientConfig(StudyConfig):
+    """What estimators of the policy gradient give on average."""
+
+    study = "gradient"
+
+
 STUDY_CONFIGS: Mapping[str, type[Settings]] = {
     f"study {config.study}": config
-    for config in (FrontierConfig, TuningConfig, DataConfig, AnchorConfig, ShiftConfig, LengthConfig)
+    for config in (
+        FrontierConfig,
+        TuningConfig,
+        DataConfig,
+        AnchorConfig,
+        ShiftConfig,
+        LengthConfig,
+        GradientConfig,
+    )
 }
 """Stage -> what it may be told."""

@@ -11,6 +11,7 @@ from preftune.recipes import (
     study_anchor,
     study_data,
     study_frontier,
+    study_gradient,
     study_length,
     study_report,
     study_shift,
@@ -52,5 +53,6 @@ STUDIES: dict[str, Study] = {
     "anchor": Study(study_anchor.ARMS, study_anchor.run, page(study_anchor.tell), LONG, TINY),
     "shift": Study(study_shift.ARMS, study_shift.run, page(study_shift.tell), study_shift.FULL, study_shift.FAST),
     "length": Study(study_length.ARMS, study_length.run, page(study_length.tell), study_length.FULL, study_length.FAST),
+    "gradient": Study(study_gradient.ARMS, study_gradient.run, page(study_gradient.tell), SMALL, TINY),
 }
 """Name -> study."""
