@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LIMIT = 90.0
+LIMIT = 300.0
 """Seconds a rank may take before it counts as hanging."""
 CLOCK = ("share_", "_per_second", "padding_fraction")
 """Metrics that tell how the work was cut and how fast it went."""
@@ -49,6 +49,7 @@ def ends(started: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     finally:
         for process in started:
             process.kill()
+            process.communicate()
     return found
 
 

@@ -82,12 +82,14 @@ class World:
         import torch.distributed as dist
 
         for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            alone = bucket[0] if len(bucket) == 1 and bucket[0].is_contiguous() else None  # a large one needs no copy
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]) if alone is None else alone
             with self._together(what):
                 dist.all_reduce(flat)
                 _finish(flat)
-            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            if alone is None:
+                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
 
     def gather(self, value: Any, what: str) -> list[Any]:
         """The values of all ranks by rank; JSON values, floats (NaN too) exact, tuples come back as lists."""
@@ -153,7 +155,7 @@ ALONE = World()
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """(rank, size, local rank) as a launcher has set them, (0, 1, 0) without one. Raises ConfigError on half of them."""
+    """(rank, size, local rank) as a launcher set them, (0, 1, 0) without one. Raises ConfigError on half of them."""
     if int(environment.get("WORLD_SIZE") or 1) == 1:
         return 0, 1, 0
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
