@@ -104,6 +104,13 @@ FAULTS = [
         f"{_PLANS} -k network_shown",
     ),
     Fault(
+        "plan: shards for a hundredth",
+        _PLANNING,
+        "(1.1 if one.shard else 1.0)",
+        "(1.0 if one.shard else 1.0)",
+        f"{_PLANS} -k replicas_do",
+    ),
+    Fault(
         "plan: work per row instead of per pair",
         _PLAN,
         ".times(1 / pairs)",

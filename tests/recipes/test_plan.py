@@ -13,7 +13,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from preftune.errors import ArtifactError, ConfigError, DataError
 from preftune.models.cost import Work
-from preftune.recipes.plan import PlanConfig, main
+from preftune.recipes.plan import PlanConfig, _count, _time, main
+from preftune.recipes.planning import USABLE, Range
 
 LENGTHS = {"prompt_tokens": 130.0, "chosen_tokens": 70.0, "rejected_tokens": 60.0}
 
@@ -47,7 +48,7 @@ def test_every_assumption_is_said_and_every_number_named(folder: Path, capsys: p
     said = capsys.readouterr().out
     for part in (
         "4 N U + 4 H C + 3.5 A X", "2 N U + 2 H C + A X", "25% to 65% of the FLOP rate", "40% to 80% of bandwidths",
-        "16 x h100: 989 TFLOP/s, 80 GB", "400 GB/s between devices", "70% of memory", "hours", "advised: shard no",
+        "16 x h100: 989 TFLOP/s, 80 GB", "400 GB/s between devices", "70% of memory", "an epoch", "advised: shard no",
     ):  # fmt: skip
         assert part in said
 
@@ -63,6 +64,22 @@ def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[s
     """A device too small for anything gets no advice but a way out."""
     assert main(PlanConfig(model=str(folder), memory=0.0001, **LENGTHS)).advised is None
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_times_and_counts_are_written_in_units_that_fit() -> None:
+    """Milliseconds to days; thousands to billions; no exponents."""
+    assert [_time(Range(s / 2, s)) for s in (0.02, 0.5, 100, 400, 9000, 400000)] == [
+        "10 to 20 ms", "0.25 to 0.5 s", "50 to 100 s", "3.3 to 6.7 min", "1.2 to 2.5 h", "2.3 to 4.6 days",
+    ]  # fmt: skip
+    assert [_count(n) for n in (260_032, 41_943_040, 8_030_261_248)] == ["260k", "41.9M", "8.03B"]
+
+
+def test_shards_are_advised_with_the_best_of_replicas(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where only shards fit, the page says that replicas do not."""
+    whole = main(PlanConfig(model=str(folder), gpus=8, **LENGTHS)).settings
+    between = (whole[1].memory.total + whole[3].memory.total) / 2 / USABLE / 1e9
+    assert main(PlanConfig(model=str(folder), gpus=8, memory=between, tokens_per_batch=32768, **LENGTHS)).advised
+    assert "as replicas: nothing fits" in capsys.readouterr().out
 
 
 def test_numbers_are_written_as_json(folder: Path, tmp_path: Path) -> None:

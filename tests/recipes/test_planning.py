@@ -80,6 +80,15 @@ def test_advice_fits_and_is_the_fastest() -> None:
     assert tight is not None and tight.activation_checkpointing, "what is kept of 16k tokens is 105 GB"
 
 
+def test_shards_are_not_advised_where_replicas_do() -> None:
+    """A model of 64M parameters on two devices: shards would save a hundredth, and are not worth their messages."""
+    small = replace(SHAPE, parameters=SHAPE.parameters // 100, body=SHAPE.body // 100, kept=SHAPE.kept // 100)
+    found = settings(replace(JOB, shape=small, devices=2, batch_size=32), H100)
+    best = advised(found)
+    assert best is not None and not best.shard
+    assert min(found, key=lambda one: one.seconds.slow).shard, "else nothing was decided"
+
+
 def test_budget_is_the_largest_that_fits_and_holds_the_longest_row() -> None:
     """Twice the advised budget would not fit or not be needed; none is below the longest row."""
     job = replace(JOB, batch_size=4096)

@@ -110,12 +110,12 @@ def _accelerator(cfg: PlanConfig) -> Accelerator:
 
 def _opening(cfg: PlanConfig, plan: Plan, said: str) -> list[str]:
     shape, pair, on = plan.job.shape, plan.job.pair, plan.accelerator
-    trained = f", {shape.trained(cfg.lora_rank) / 1e6:.1f}M trained (rank {cfg.lora_rank})" if cfg.lora_rank else ""
+    trained = f", {_count(shape.trained(cfg.lora_rank))} trained (rank {cfg.lora_rank})" if cfg.lora_rank else ""
     limit = flops(shape, pair, rank=cfg.lora_rank) / 1e12
     formula = "4 N U + 4 H C + 3.5 A X, and 6 U for adapters" if cfg.lora_rank else "6 N U + 6 H C + 3.5 A X"
     return [
-        f"{cfg.model}: {shape.parameters / 1e9:.3g}B parameters{trained}; N = {shape.body / 1e9:.3g}B in the decoder's "
-        f"linear layers, H = {shape.head / 1e9:.3g}B in the head, {shape.layers} layers, bfloat16",
+        f"{cfg.model}: {_count(shape.parameters)} parameters{trained}; N = {_count(shape.body)} in the decoder's "
+        f"linear layers, H = {_count(shape.head)} in the head, {shape.layers} layers, bfloat16",
         said,
         f"of a pair: U = {pair.fed:.0f} tokens fed, C = {pair.scored:.0f} scored, X = {pair.attended:.3g} attended",
         f"limit: {limit:.4g} TFLOP a pair = {formula}",
@@ -130,17 +130,16 @@ def _opening(cfg: PlanConfig, plan: Plan, said: str) -> list[str]:
 def table(plan: Plan) -> list[str]:
     """A row per setting, in Markdown: GB are 1e9 bytes, ranges run from the fast to the slow end."""
     lines = [
-        "| shard | activation_checkpointing | tokens_per_batch | GB a device | fits | GB sent a step | s a step "
-        "| pairs/s | hours an epoch |",
+        "| shard | activation_checkpointing | tokens_per_batch | GB a device | fits | GB sent a step | a step "
+        "| pairs/s | an epoch |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in plan.settings:
-        epoch = "" if plan.rows is None else _hours(one, plan.rows / plan.job.batch_size)
+        epoch = "" if plan.rows is None else _time(one.seconds, plan.rows / plan.job.batch_size)
         cells = (
             _yes(one.shard), _yes(one.activation_checkpointing), str(one.tokens_per_batch),
             f"{one.memory.total / 1e9:.1f}", _yes(one.fits), f"{one.traffic.sent / 1e9:.3g}",
-            f"{one.seconds.fast:.3g} to {one.seconds.slow:.3g}",
-            f"{one.pairs_per_second.slow:.3g} to {one.pairs_per_second.fast:.3g}", epoch,
+            _time(one.seconds), f"{_short(one.pairs_per_second.slow)} to {_short(one.pairs_per_second.fast)}", epoch,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -154,21 +153,42 @@ def _advice(plan: Plan) -> list[str]:
             f"nothing fits: the least, {least.memory.total / 1e9:.1f} GB, is above {USABLE:.0%} of "
             f"{plan.accelerator.memory:g} GB; take more devices, an adapter (--lora_rank) or shorter rows"
         ]
-    parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in asdict(best.memory).items() if value)
-    lines = [
-        f"advised: shard {_yes(best.shard)}, activation_checkpointing {_yes(best.activation_checkpointing)}, "
-        f"tokens_per_batch {best.tokens_per_batch} ({best.micro_batches} micro-batches a step): "
-        "the fastest at the slow end of what fits",
-        f"its memory, GB: {parts}",
-    ]
+    parts = ", ".join(f"{name} {value / 1e9:.2g}" for name, value in asdict(best.memory).items() if value)
+    lines = [f"advised: {_named(best)}: the fastest at the slow end of what fits", f"its memory, GB: {parts}"]
+    if best.shard:
+        replicas = advised([one for one in plan.settings if not one.shard])
+        lines.append(f"as replicas: {_named(replicas) if replicas else 'nothing fits'}")
     if plan.reference:
-        ends = f"{plan.reference.fast / 3600:.2g} to {plan.reference.slow / 3600:.2g}"
-        lines.append(f"once, log pi_ref of all pairs (2 N U + 2 H C + A X): {ends} hours; later runs read it")
+        once = _time(plan.reference)
+        lines.append(f"once, log pi_ref of all pairs (2 N U + 2 H C + A X): {once}; later runs read it")
     return lines
 
 
-def _hours(one: Setting, steps: float) -> str:
-    return f"{one.seconds.fast * steps / 3600:.2g} to {one.seconds.slow * steps / 3600:.2g}"
+def _named(one: Setting) -> str:
+    return (
+        f"shard {_yes(one.shard)}, activation_checkpointing {_yes(one.activation_checkpointing)}, tokens_per_batch "
+        f"{one.tokens_per_batch}, micro-batches a step {one.micro_batches}"
+    )
+
+
+def _time(seconds: Range, times: float = 1.0) -> str:
+    """`1.3 to 3.7 s`, in the unit that suits the slow end."""
+    unit, name = next(
+        (u for u in ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s")) if seconds.slow * times >= 2 * u[0]),
+        (1e-3, "ms") if seconds.slow * times < 0.1 else (1.0, "s"),
+    )
+    return f"{_short(seconds.fast * times / unit)} to {_short(seconds.slow * times / unit)} {name}"
+
+
+def _short(value: float) -> str:
+    """Two digits, plain."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
+def _count(number: float) -> str:
+    """`8.03B`."""
+    unit, name = next((u for u in ((1e9, "B"), (1e6, "M")) if number >= u[0]), (1e3, "k"))
+    return f"{number / unit:.3g}{name}"
 
 
 def _percent(ends: tuple[float, float]) -> str:
