@@ -20,7 +20,8 @@ SGD = {"optimizer": "sgd", "max_grad_norm": 0.0, "schedule": "constant", "dtype"
 
 SPLITS = {
     "small micro-batches": {"tokens_per_batch": 128},
-    "activation checkpointing": {"activation_checkpointing": True},
+    "activation checkpointing": {"activation_checkpointing": "full"},
+    "selective checkpointing": {"activation_checkpointing": "selective"},
     "a reference by name": {"reference": "MODEL"},
 }
 

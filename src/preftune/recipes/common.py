@@ -22,6 +22,7 @@ from preftune.engine.schedule import learning_rate
 from preftune.errors import ConfigError
 from preftune.models.attention import install, use_backend
 from preftune.models.backends import choose_backend
+from preftune.models.checkpointing import recompute_activations
 from preftune.models.load import LoadedModel, load, save
 from preftune.models.logprobs import check_packing
 from preftune.recipes.fitting import Budget, attempt
@@ -129,9 +130,7 @@ def open_model(
             run.note(f"attention: {attention} ({why})")
     elif cfg.attention != "auto":
         raise ConfigError(f"attention {cfg.attention} is for packed rows; {name} takes padded ones: set auto")
-    if cfg.activation_checkpointing:
-        loaded.model.activation_checkpointing_enable({"use_reentrant": False})
-        loaded.model.train()  # transformers checkpoints in training mode only; dropout is 0 everywhere
+    recompute_activations(loaded.model, cfg.activation_checkpointing)
     pad_id = loaded.tokenizer.pad_token_id
     pad_id = 0 if pad_id is None else pad_id
     budget = Budget(run.note)

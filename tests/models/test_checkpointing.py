@@ -1,0 +1,74 @@
+"""Claims about recomputed activations: the same gradients, and what is computed twice is what was said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from preftune.data.packing import pack
+from preftune.errors import ConfigError
+from preftune.models.attention import install
+from preftune.models.checkpointing import recompute_activations
+from preftune.models.logprobs import score
+from preftune.tensors import PackedBatch, TokenGroup
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def batch() -> PackedBatch:
+    draw = np.random.default_rng(0)
+    prompts, responses = draw.integers(3, 300, (2, 300)), draw.integers(3, 300, (2, 2, 20))
+    groups = [
+        TokenGroup(p.astype(np.int32), tuple(r.astype(np.int32)), ((0, 1),))
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+    return pack(groups)
+
+
+def backward(folder: Path, what: Any) -> tuple[list[torch.Tensor], Counter[str]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert install(model) is None
+    recompute_activations(model, what)
+    loss = score(model, batch()).sum()
+    with _Counting() as counted:
+        loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None], counted.calls
+
+
+def test_the_gradient_is_the_same_and_only_what_was_said_is_computed_twice(tiny_model_folder: Path) -> None:
+    """Bit for bit; the backward recomputes nothing, all but matrix products and attention, or all of every layer."""
+    (plain, none), (selective, some), (full, every) = (
+        backward(tiny_model_folder, what) for what in ("none", "selective", "full")
+    )
+    for ours in (selective, full):
+        assert len(ours) == len(plain) > 10
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert none["rsqrt"] == 0
+    assert some["rsqrt"] == every["rsqrt"] > 0, "norms are computed again"
+    assert some["mm"] == none["mm"] < every["mm"]
+    assert some[attention] == none[attention] == 0 < every[attention]
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    class Layerless:
+        def activation_checkpointing_enable(self, how: dict[str, Any]) -> None:
+            raise ValueError("not compatible")
+
+    with pytest.raises(ConfigError, match="Layerless has no layers to recompute; set none"):
+        recompute_activations(Layerless(), "full")
