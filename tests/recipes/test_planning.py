@@ -39,7 +39,7 @@ def test_published_throughputs_lie_between_the_ends() -> None:
     sequence = Work(4096, 4096, 4096**2 / 2)
     one = Job(SHAPE, sequence, longest=4096, batch_size=8, devices=1)
     on_one = next(s for s in settings(one, H200, 4096) if s.activation_checkpointing)
-    assert on_one.pairs_per_second.slow < 10_471 / 4096 < 1.1 * on_one.pairs_per_second.fast
+    assert on_one.pairs_per_second.slow < 10_471 / 4096 < on_one.pairs_per_second.fast
     eight = replace(one, batch_size=16, devices=8)
     sharded = next(s for s in settings(eight, H100, 8192) if s.shard and s.activation_checkpointing)
     for tokens in (5762, 6667):
@@ -53,7 +53,7 @@ def test_published_dpo_lies_between_the_ends() -> None:
         answer = (total - prompt) / 2
         job = replace(JOB, pair=Work.of(prompt, (answer, answer)), reference_in_loop=True)
         sharded = next(s for s in settings(job, H100, 4096) if s.shard and s.activation_checkpointing)
-        assert sharded.pairs_per_second.slow < published < 1.1 * sharded.pairs_per_second.fast
+        assert sharded.pairs_per_second.slow < published < sharded.pairs_per_second.fast
 
 
 def test_one_device_spends_its_time_computing() -> None:
