@@ -12,6 +12,7 @@ from preftune.evaluation.drift import (
     DECIDED,
     Point,
     accuracy_not_quality,
+    collapse,
     displacement,
     gap,
     length,
@@ -131,3 +132,24 @@ def test_saturation_is_a_majority_of_decided_pairs(share: float, verdict: str) -
 def test_accuracy_without_quality_needs_both_intervals(accuracy: Interval, quality: Interval, verdict: str) -> None:
     """Ranks better than chance and wins less than half; a win rate around one half leaves it open."""
     assert accuracy_not_quality("dpo", accuracy, quality, even=0.5, prompts=6).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "prompts", "verdict"),
+    [
+        (0.4, 0.0, 200, "seen"),
+        (0.4, 0.4, 1000, "not seen"),  # short answers come again from the reference too
+        (0.0, 0.0, 200, "not seen"),
+        (0.0, 0.0, 6, FEW),
+        (0.5, 0.0, 6, FEW),
+    ],
+)
+def test_one_answer_for_many_prompts_is_collapse_beyond_the_reference(
+    ours: float, theirs: float, prompts: int, verdict: str
+) -> None:
+    """Seen where many prompts share answers, not where the reference's do as well, nor told from six prompts."""
+    shared = np.arange(prompts) < ours * prompts
+    of_reference = np.arange(prompts)[::-1] < theirs * prompts
+    found = collapse("ppo", shared.astype(float), of_reference.astype(float))
+    assert found.verdict == verdict
+    assert found.numbers["said_elsewhere"].estimate == ours

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.evaluation.texts import COPIES, distinct_ngrams, longest_loop, repeated, shape, units
+from preftune.evaluation.texts import COPIES, distinct_ngrams, longest_loop, repeated, said_elsewhere, shape, units
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,8 @@ def test_copies_among_samples_are_a_share() -> None:
     """Of four samples two said something that had been said; none of no sample."""
     assert repeated(["a", "b", "a", "a"]) == 0.5
     assert repeated(["a", "b"]) == repeated([]) == 0.0
+
+
+def test_an_answer_given_to_another_prompt_is_counted_and_one_repeated_to_the_same_is_not() -> None:
+    """One text goes to two prompts, another twice to one."""
+    assert said_elsewhere([["sorry", "a"], ["b", "b"], ["sorry", "sorry"], []]) == [0.5, 0.0, 1.0, 0.0]

@@ -99,4 +99,18 @@ FAULTS = [
         'f"{seed}"',
         tests=_OF_STAGE,
     ),
+    Fault(
+        "collapse: the reference's own repetitions are not taken off",
+        "src/preftune/evaluation/drift.py",
+        "more = gap(ours, share(reference_elsewhere))",
+        "more = ours",
+        tests="tests/evaluation/test_drift.py -k one_answer",
+    ),
+    Fault(
+        "collapse: repetitions to one prompt count as answers to others",
+        "src/preftune/evaluation/texts.py",
+        "for texts in texts_P for text in set(texts))",
+        "for texts in texts_P for text in texts)",
+        tests="tests/evaluation/test_texts.py -k another_prompt",
+    ),
 ]

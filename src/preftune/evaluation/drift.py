@@ -3,6 +3,7 @@
     displacement           chosen responses became less likely than the move away from the reference forces
     length                 the gain goes along with longer (or shorter) responses
     over_optimisation      a policy further from the reference has less reward than one closer to it
+    collapse               different prompts get the same answer, more than from the reference
     saturation             most pairs are decided so far that they teach nothing any more
     accuracy_not_quality   pairs are ranked better, responses are not better
 
@@ -24,13 +25,15 @@ from preftune.equations.resampling import Floats
 from preftune.equations.stats import Interval, bootstrap, mean_interval, paired_difference, share
 
 __all__ = [
-    "DECIDED", "Finding", "Point", "accuracy_not_quality", "displacement", "gap", "length", "over_optimisation",
-    "saturation",
+    "DECIDED", "Finding", "Point", "accuracy_not_quality", "collapse", "displacement", "gap", "length",
+    "over_optimisation", "saturation",
 ]  # fmt: skip
 
 SEEN, NOT_SEEN = "seen", "not seen"
 DECIDED = math.log(99)
 """|z| from which a pair's gradient weight, or that of its opposite, is below 1 %; nats."""
+ONE_FOR_ALL = 0.05
+"""Answers that serve several prompts, beyond the reference's share of them, from which a policy has collapsed."""
 RESAMPLES = 2000
 
 
@@ -154,6 +157,20 @@ def over_optimisation(points: Sequence[Point], level: float = 0.95) -> Finding:
     numbers = {"peak_kl": peak.kl, **{f"fall_{name}": fall for name, fall in falls.items()}}
     named = ", ".join(fallen) or peak.model
     return Finding(name="over_optimisation", model=named, verdict=verdict, sentence=sentence, numbers=numbers)
+
+
+def collapse(model: str, elsewhere: ArrayLike, reference_elsewhere: ArrayLike) -> Finding:
+    """Do different prompts get one answer? `elsewhere` [P]: share of a prompt's answers that others got word for word.
+
+    Less the reference's on the same prompts: how often an answer comes again depends on how many are asked, and is
+    natural where answers are short. The intervals are of shares, so that never seen is not never.
+    """
+    ours = share(elsewhere)
+    more = gap(ours, share(reference_elsewhere))
+    verdict = SEEN if more.low > ONE_FOR_ALL else NOT_SEEN if more.high <= ONE_FOR_ALL else _unknown(ours.n)
+    sentence = f"{ours} of the answers are given to another prompt too, word for word: {more} more than the reference's"
+    numbers = {"said_elsewhere": ours, "difference": more}
+    return Finding(name="collapse", model=model, verdict=verdict, sentence=sentence, numbers=numbers)
 
 
 def saturation(model: str, margins: ArrayLike, *, clusters: Sequence[object]) -> Finding:

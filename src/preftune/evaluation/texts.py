@@ -5,10 +5,11 @@ A unit is a word, what white space separates; of a text without white space, a c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Loop", "Shape", "distinct_ngrams", "longest_loop", "repeated", "shape", "units"]
+__all__ = ["Loop", "Shape", "distinct_ngrams", "longest_loop", "repeated", "said_elsewhere", "shape", "units"]
 
 COPIES = 3
 """So many copies in a row make a loop."""
@@ -88,3 +89,9 @@ def longest_loop(parts: Sequence[str]) -> Loop:
 def repeated(texts: Sequence[str]) -> float:
     """Share of a prompt's samples that an earlier sample said already, in [0, 1)."""
     return 1 - len(set(texts)) / len(texts) if texts else 0.0
+
+
+def said_elsewhere(texts_P: Sequence[Sequence[str]]) -> list[float]:
+    """[P] share of each prompt's samples that are, word for word, an answer to another prompt too, in [0, 1]."""
+    prompts_with = Counter(text for texts in texts_P for text in set(texts))
+    return [sum(prompts_with[text] > 1 for text in texts) / len(texts) if texts else 0.0 for texts in texts_P]

@@ -19,18 +19,20 @@ from preftune.evaluation.drift import (
     Finding,
     Point,
     accuracy_not_quality,
+    collapse,
     displacement,
     length,
     over_optimisation,
     saturation,
 )
+from preftune.evaluation.texts import said_elsewhere
 from preftune.judges.scores import Scorer
 from preftune.recipes.comparing import read_samples
 from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.recipes.configs import DpoConfig
 from preftune.recipes.contestants import Contestant
 from preftune.recipes.loss_facts import LOSS_FACTS
-from preftune.recipes.measuring import Measured, by_prompt
+from preftune.recipes.measuring import Measured, by_prompt, texts_of
 from preftune.records import Prompt, RankedResponses, Response
 
 __all__ = ["Pair", "calibration", "findings", "implicit", "pair_ratios", "read_pairs"]
@@ -143,6 +145,8 @@ def findings(
             found += _on_pairs(one, pairs, results["models"][one.name], results, cfg)
         if cfg.reward is not None:
             found += _by_length(one, reference)
+        if len(one.answers) > 1:
+            found.append(collapse(one.name, said_elsewhere(texts_of(one)), said_elsewhere(texts_of(reference))))
     points = [Point(reference.name, Interval(0.0, 0.0, 0.0, len(reference.rows)), by_prompt(reference.rows, "reward"))]
     for one in models:
         numbers = results["models"][one.name]

@@ -32,6 +32,7 @@ ROWS = (
     ("distinct", "distinct runs of three words"),
     ("loop", "with a loop"),
     ("repeated", "said before"),
+    ("said_elsewhere", "said to another prompt"),
 )
 """Key of a model's results, and what it is called."""
 

@@ -18,13 +18,15 @@ from preftune.equations.optimum import best_of_n_reward
 from preftune.equations.stats import Interval, mean_interval, paired_difference, share
 from preftune.errors import RunError
 from preftune.evaluation.divergence import Divergence, divergences
-from preftune.evaluation.texts import repeated, shape
+from preftune.evaluation.texts import repeated, said_elsewhere, shape
 from preftune.models.logprobs import TOLERANCE
 from preftune.recipes.comparison_configs import EvaluateConfig
 from preftune.recipes.contestants import Answers, Contestant
 from preftune.records import Response
 
-__all__ = ["Measured", "Row", "best_of", "by_prompt", "comparable", "measure", "reference_gap", "scored", "summary"]
+__all__ = [
+    "Measured", "Row", "best_of", "by_prompt", "comparable", "measure", "reference_gap", "scored", "summary", "texts_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,9 +165,15 @@ def summary(measured: Measured, reference: Measured, cfg: EvaluateConfig) -> dic
         found[column] = _mean(rows, column)
     for column in ("finished", "loop"):
         found[column] = share([float(getattr(row, column)) for row in rows], clusters=prompts)
-    texts = [[response.text for response in one.sampled.responses] for one in measured.answers]
+    texts = texts_of(measured)
     found["repeated"] = mean_interval([repeated(of_prompt) for of_prompt in texts])
+    found["said_elsewhere"] = mean_interval(said_elsewhere(texts))
     return found
+
+
+def texts_of(measured: Measured) -> list[list[str]]:
+    """What the model said to each prompt."""
+    return [[response.text for response in one.sampled.responses] for one in measured.answers]
 
 
 def reference_gap(rows: Sequence[Row], reference: Sequence[Row], column: str) -> Interval | None:

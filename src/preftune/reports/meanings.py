@@ -66,6 +66,7 @@ SHARES = (
     "loop",
     "raw",
     "repeated",
+    "said_elsewhere",
     "when_first",
     "when_second",
     "wilson",
