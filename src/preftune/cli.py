@@ -43,7 +43,7 @@ STAGES: Mapping[str, str] = {
     "merge": "an adapter merged into its base model: a plain folder for tools that know no adapters",
     "evaluate": "models against a reference on the same prompts: reward, KL, win rates, drift, each with its interval",
     "report": "one page about one or several runs: results, curves, answers, data, settings and their differences",
-    "study frontier": "reward against KL of every method beside the exact frontier, over seeds: figure, table, verdicts",
+    "study frontier": "reward against KL of every method beside the exact frontier: figure, table, verdicts",
     "study tuning": "is supervised learning easier to tune: random hyper-parameters of DPO, PPO and RLOO",
     "study data": "does DPO depend on preference data: fewer pairs, flipped labels, prompts without labels",
     "study anchor": "is the reference an anchor: KL against beta, with certain labels, without a reference",

@@ -18,8 +18,8 @@ OPTIONS = {
     "quickstart": "out fast seed",
     "explain": "out text",
     "inspect": f"{READING} pairs kind examples",
-    "plan": "model data prompt_tokens chosen_tokens rejected_tokens rows format max_length truncation pairs seed gpu gpus "
-    "tflops memory bandwidth batch_size tokens_per_batch lora_rank reference_in_loop out",
+    "plan": "model data prompt_tokens chosen_tokens rejected_tokens rows format max_length truncation pairs seed gpu "
+    "gpus tflops memory bandwidth batch_size tokens_per_batch lora_rank reference_in_loop out",
     "sft": TRAINING,
     "label": "samples judge out orders seed criteria allow_python db guidelines overlap gold gold_rate random_share "
     "annotator host port url open accounts invite tls_cert tls_key insecure",

@@ -25,7 +25,8 @@ from preftune.recipes.contestants import Answers, Contestant
 from preftune.records import Response
 
 __all__ = [
-    "Measured", "Row", "best_of", "by_prompt", "comparable", "measure", "reference_gap", "scored", "summary", "texts_of",
+    "Measured", "Row", "best_of", "by_prompt", "comparable", "measure", "reference_gap", "scored", "summary",
+    "texts_of",
 ]  # fmt: skip
 
 
