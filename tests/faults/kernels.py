@@ -1,0 +1,64 @@
+"""Keys gathered wrongly, masks aligned wrongly, steps counted twice after a lack of memory."""
+
+from __future__ import annotations
+
+from fault import Fault
+
+_KERNELS = "src/preftune/models/kernels.py"
+_ATTENTION = "src/preftune/models/attention.py"
+_FITTING = "src/preftune/recipes/fitting.py"
+_CHECKPOINTING = "src/preftune/models/checkpointing.py"
+_PLAN = "tests/models/test_kernels.py -k"
+_GOES_ON = 'tests/recipes/test_fitting.py -k "goes_on and sft and backward"'
+
+FAULTS = [
+    Fault(
+        "varlen: a further response does not get its prompt's keys",
+        _KERNELS,
+        "(*range(s.prefix_start, s.prefix_end), *range(s.start, s.end))",
+        "(*range(s.start, s.end),)",
+        f"{_PLAN} drawn_row",
+    ),
+    Fault(
+        "varlen: a window is one token too wide",
+        _ATTENTION,
+        "layout.varlen(query.device), scale, window)",
+        "layout.varlen(query.device), scale, window and window + 1)",
+        f"{_PLAN} bottom_right",
+    ),
+    Fault(
+        "flex: a further response does not see its prompt",
+        _ATTENTION,
+        "((segment[q] == segment[k]) & (k <= q)) | ((first[q] <= k) & (k < last[q]))",
+        "(segment[q] == segment[k]) & (k <= q)",
+        f"{_PLAN} block_mask",
+    ),
+    Fault(
+        "flex: the softcap is forgotten",
+        _KERNELS,
+        "score_mod=capped",
+        "score_mod=None",
+        f"{_PLAN} block_mask",
+    ),
+    Fault(
+        "memory: the gradients of a failed attempt stay",
+        _FITTING,
+        "        forget()\n        gc.collect()",
+        "        gc.collect()",
+        _GOES_ON,
+    ),
+    Fault(
+        "memory: the proposed length forgets that a row has several responses",
+        _FITTING,
+        "self.fitted // len(row.responses)",
+        "self.fitted",
+        "tests/recipes/test_fitting.py -k proposes",
+    ),
+    Fault(
+        "checkpointing: selective recomputes everything",
+        _CHECKPOINTING,
+        'if what == "selective":',
+        "if False:",
+        "tests/models/test_checkpointing.py",
+    ),
+]
