@@ -51,12 +51,14 @@ def test_the_folder_gives_the_trained_function_back(written: tuple[Path, Tensor]
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_peft_reads_it(written: tuple[Path, Tensor]) -> None:
-    """peft alone finds the base and gives equal logits."""
-    from peft import AutoPeftModelForCausalLM
+    """peft alone finds the base, gives equal logits, and would write tensors of the same names."""
+    from peft import AutoPeftModelForCausalLM, get_peft_model_state_dict
 
     with quiet():
         theirs = AutoPeftModelForCausalLM.from_pretrained(str(written[0])).eval()
     assert torch.equal(logits(theirs), written[1])
+    names = set(get_peft_model_state_dict(theirs, save_embedding_layers=False))
+    assert names == set(load_file(written[0] / "adapter_model.safetensors"))
 
 
 def test_transformers_reads_it(written: tuple[Path, Tensor]) -> None:
