@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help quickstart test test-all check mutate format clean
+.PHONY: help quickstart test test-all check bench mutate format clean
 
 help:
 	@echo "make quickstart   the whole loop on a generated problem: CPU, a few minutes, ends with runs/quickstart/report.html"
 	@echo "make test         every test, on two processes"
 	@echo "make test-all     the same, every seeded fault, and a short run of the convergence study"
 	@echo "make check        formatting, lint, types, architecture"
+	@echo "make bench        a DPO step against TRL: minutes; BENCH_ARGS='--profiles hh tldr --contenders all --rounds 3' for more"
 	@echo "make mutate       plant every seeded fault; the tests must notice each"
 	@echo "make format       let ruff rewrite the formatting"
 	@echo "make clean        remove caches and builds; .venv and runs/ stay"
@@ -31,6 +32,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) tests/architecture
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
 
 mutate: $(VENV)/.dev
 	$(BIN)/python scripts/mutate $(ARGS)
