@@ -29,6 +29,12 @@ def test_shares_are_a_partition_in_order_and_equal_in_cost(costs: list[int], siz
     assert max(loads) - min(loads) <= max(costs, default=0)
 
 
+def test_shares_are_equal_in_cost_and_not_in_number() -> None:
+    """One long group weighs as much as ten short ones: a partition by number would let one rank wait."""
+    costs = [1, 1, 1, 1, 10, 1, 1, 1, 1, 1, 1]
+    assert [sum(World(rank, 2).share(costs, lambda cost: cost)) for rank in range(2)] == [10, 10]
+
+
 def test_alone_every_function_is_the_identity() -> None:
     """In one process nothing is asked of torch.distributed and nothing changes."""
     tensor = torch.tensor([1.0, 2.0])

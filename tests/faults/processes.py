@@ -25,7 +25,7 @@ FAULTS = [
         _PARALLEL,
         "(load + costs[i], rank))",
         "(load + 1, rank))",
-        f"{_SHARES} partition",
+        f"{_SHARES} equal_in_cost_and",
     ),
     Fault(
         "processes: a rank without gradient leaves the sum to the others",
