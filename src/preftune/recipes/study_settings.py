@@ -68,8 +68,8 @@ FULL = Setting(
     preferences=Course(400, 64, 1e-3, "rmsprop", warmup_steps=20, schedule="linear"),
     reward=Course(500, 64, 1e-3, "adamw", warmup_steps=20, schedule="linear"),
     exact=Course(80, 1, 3e-3, "adamw", warmup_steps=5, schedule="linear"),
-    ppo=Reinforcement(Course(400, 128, 1e-3, "adamw", schedule="linear"), critic_lr=1e-3),
-    rloo=Reinforcement(Course(400, 64, 1e-3, "adamw", schedule="linear"), critic_lr=0.0),
+    ppo=Reinforcement(Course(400, 128, 1e-3, "adamw", schedule="linear"), critic_lr=1e-3, horizon=512),
+    rloo=Reinforcement(Course(400, 64, 1e-3, "adamw", schedule="linear"), critic_lr=0.0, horizon=512),
     every=100,
 )
 FAST = Setting(
@@ -82,8 +82,8 @@ FAST = Setting(
     preferences=replace(FULL.preferences, steps=80),
     reward=replace(FULL.reward, steps=150),
     exact=replace(FULL.exact, steps=60),
-    ppo=Reinforcement(Course(80, 128, 3e-3, "adamw", schedule="linear"), critic_lr=3e-3),
-    rloo=Reinforcement(Course(80, 64, 3e-3, "adamw", schedule="linear"), critic_lr=0.0),
+    ppo=Reinforcement(Course(80, 128, 3e-3, "adamw", schedule="linear"), critic_lr=3e-3, horizon=512),
+    rloo=Reinforcement(Course(80, 64, 3e-3, "adamw", schedule="linear"), critic_lr=0.0, horizon=512),
     every=20,
 )
 SMALL = Setting(
