@@ -59,7 +59,7 @@ def row(job: Job, best: Setting | None, found: list[Setting]) -> list[str]:
         return ["nothing fits", "", "", f"at least {least:.0f}", "", "", "", ""]
     return [
         "yes" if best.shard else "no",
-        "yes" if best.activation_checkpointing else "no",
+        "full" if best.activation_checkpointing else "none",
         str(best.tokens_per_batch),
         f"{best.memory.total / 1e9:.0f}",
         f"{best.flops / job.batch_size / 1e12:.0f}",

@@ -35,10 +35,11 @@ OPTIONS = {
     "model reward prompts reference eval_prompts format allow_refused allow_python n temperature max_tokens "
     "missing_eos missing_eos_value standardise seed algorithm kl_coef target_kl kl_horizon max_kl critic critic_lr "
     "ppo_epochs minibatches clip value_clip gamma lam whiten_rewards optimizer lr schedule warmup_steps max_grad_norm "
-    "weight_decay batch_size epochs max_steps shuffle tokens_per_batch dtype device attention activation_checkpointing out "
-    "eval_every early_stop save_every resume",
+    "weight_decay batch_size epochs max_steps shuffle tokens_per_batch dtype device attention activation_checkpointing "
+    "out eval_every early_stop save_every resume",
     "evaluate": "model reference prompts format allow_refused max_prompts n temperature top_p max_tokens seed reward "
-    "truth judge orders criteria allow_python against pairs lm_eval batch_size tokens_per_batch dtype device out resume",
+    "truth judge orders criteria allow_python against pairs lm_eval batch_size tokens_per_batch dtype device out "
+    "resume",
     "report": "runs out",
     **dict.fromkeys((f"study {name}" for name in STUDIES), "out seeds seed fast processes"),
 }

@@ -235,8 +235,8 @@ FAULTS = [
     Fault(
         "attention: a token sees the next one",
         _ATTENTION,
-        "& (k <= q)",
-        "& (k <= q + 1)",
+        "own = (self._segment[q] == self._segment[k]) & (k <= q)",
+        "own = (self._segment[q] == self._segment[k]) & (k <= q + 1)",
         "tests/models/test_attention.py -k read_token_by_token",
     ),
     Fault(

@@ -101,8 +101,8 @@ FAULTS = [
     Fault(
         "critic: not a copy",
         _CRITIC,
-        "critic = deepcopy(model).requires_grad_(True)",
-        "critic = model.requires_grad_(True)",
+        "critic = copy_beside(model)",
+        "critic = model",
         _critic("share_no_weight"),
     ),
     Fault(

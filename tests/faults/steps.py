@@ -33,14 +33,14 @@ FAULTS = [
     Fault(
         "step: sorted per micro-batch",
         _STEP,
-        "if objective.coupled and len(batches) > 1:",
+        "if objective.coupled and (len(batches) > 1 or world.size > 1):",
         "if False:",
         f'{_SPLIT} "any_split and aot_unpaired"',
     ),
     Fault(
         "step: z0 per micro-batch",
         _STEP,
-        "if objective.coupled and len(batches) > 1:",
+        "if objective.coupled and (len(batches) > 1 or world.size > 1):",
         "if False:",
         f'{_SPLIT} "any_split and kto"',
     ),

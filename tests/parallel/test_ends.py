@@ -78,8 +78,8 @@ def test_stopped_on_two_ranks_continued_on_another_number(command: list[str], tm
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_and_reshapes_it(command: list[str], tmp_path: Path) -> None:
-    """`torchrun --nproc-per-node 4 -m preftune` trains; what one process began four continue."""
+def test_torchrun_starts_four_processes_of_the_command(command: list[str], tmp_path: Path) -> None:
+    """`torchrun --nproc-per-node 4 -m preftune` trains as one run of four."""
     out = tmp_path / "run"
     short = [*command, "--max_steps", "6", "--out", str(out)]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "-m", "preftune"]

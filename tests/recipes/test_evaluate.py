@@ -163,7 +163,8 @@ def test_pairs_calibrate_the_reward_and_every_finding_says_what_it_rests_on(eval
     assert parts["chosen_longer"] == 1 and parts["chosen_shorter"] == 0
     assert set(results["calibration"]["truth"]) == {"pearson", "spearman"}
     names = {finding["name"] for finding in results["findings"]}
-    assert names == {"displacement", "accuracy_not_quality", "length", "over_optimisation", "collapse"}  # no DPO run: no beta
+    expected = {"displacement", "accuracy_not_quality", "length", "over_optimisation", "collapse"}
+    assert names == expected  # no DPO run: no beta, no saturation
     for finding in results["findings"]:
         assert finding["verdict"] in ("seen", "not seen") or finding["verdict"].startswith("cannot be told from ")
         assert finding["sentence"] and finding["numbers"]

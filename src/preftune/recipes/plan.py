@@ -40,6 +40,9 @@ from preftune.tensors import TokenGroup
 
 __all__ = ["Plan", "PlanConfig", "main", "table"]
 
+_KEPT = {False: "none", True: "full"}
+"""As `--activation_checkpointing` takes it."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -137,7 +140,7 @@ def table(plan: Plan) -> list[str]:
     for one in plan.settings:
         epoch = "" if plan.rows is None else _time(one.seconds, plan.rows / plan.job.batch_size)
         cells = (
-            _yes(one.shard), _yes(one.activation_checkpointing), str(one.tokens_per_batch),
+            _yes(one.shard), _KEPT[one.activation_checkpointing], str(one.tokens_per_batch),
             f"{one.memory.total / 1e9:.1f}", _yes(one.fits), f"{one.traffic.sent / 1e9:.3g}",
             _time(one.seconds), f"{_short(one.pairs_per_second.slow)} to {_short(one.pairs_per_second.fast)}", epoch,
         )  # fmt: skip
@@ -157,7 +160,9 @@ def _advice(plan: Plan) -> list[str]:
     lines = [f"advised: {_named(best)}: the fastest at the slow end of what fits", f"its memory, GB: {parts}"]
     if best.shard:
         replicas = advised([one for one in plan.settings if not one.shard])
-        lines.append(f"as replicas: {_named(replicas) if replicas else 'nothing fits'}")
+        lines.append(
+            f"as replicas, which is what training runs today: {_named(replicas) if replicas else 'nothing fits'}"
+        )
     if plan.reference:
         once = _time(plan.reference)
         lines.append(f"once, log pi_ref of all pairs (2 N U + 2 H C + A X): {once}; later runs read it")
@@ -166,7 +171,7 @@ def _advice(plan: Plan) -> list[str]:
 
 def _named(one: Setting) -> str:
     return (
-        f"shard {_yes(one.shard)}, activation_checkpointing {_yes(one.activation_checkpointing)}, tokens_per_batch "
+        f"shard {_yes(one.shard)}, activation_checkpointing {_KEPT[one.activation_checkpointing]}, tokens_per_batch "
         f"{one.tokens_per_batch}, micro-batches a step {one.micro_batches}"
     )
 
