@@ -40,8 +40,8 @@ from preftune.tensors import TokenGroup
 
 __all__ = ["Plan", "PlanConfig", "main", "table"]
 
-_KEPT = {False: "none", True: "full"}
-"""As `--activation_checkpointing` takes it."""
+_YES = {False: "no", True: "yes"}
+_CHECKPOINTING = {False: "none", True: "full"}  # as the key takes it
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def table(plan: Plan) -> list[str]:
     for one in plan.settings:
         epoch = "" if plan.rows is None else _time(one.seconds, plan.rows / plan.job.batch_size)
         cells = (
-            _yes(one.shard), _KEPT[one.activation_checkpointing], str(one.tokens_per_batch),
-            f"{one.memory.total / 1e9:.1f}", _yes(one.fits), f"{one.traffic.sent / 1e9:.3g}",
+            _YES[one.shard], _CHECKPOINTING[one.activation_checkpointing], str(one.tokens_per_batch),
+            f"{one.memory.total / 1e9:.1f}", _YES[one.fits], f"{one.traffic.sent / 1e9:.3g}",
             _time(one.seconds), f"{_short(one.pairs_per_second.slow)} to {_short(one.pairs_per_second.fast)}", epoch,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -171,7 +171,7 @@ def _advice(plan: Plan) -> list[str]:
 
 def _named(one: Setting) -> str:
     return (
-        f"shard {_yes(one.shard)}, activation_checkpointing {_KEPT[one.activation_checkpointing]}, tokens_per_batch "
+        f"shard {_YES[one.shard]}, activation_checkpointing {_CHECKPOINTING[one.activation_checkpointing]}, tokens_per_batch "
         f"{one.tokens_per_batch}, micro-batches a step {one.micro_batches}"
     )
 
@@ -198,7 +198,3 @@ def _count(number: float) -> str:
 
 def _percent(ends: tuple[float, float]) -> str:
     return f"{ends[0]:.0%} to {ends[1]:.0%}"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
