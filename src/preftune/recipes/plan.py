@@ -171,8 +171,8 @@ def _advice(plan: Plan) -> list[str]:
 
 def _named(one: Setting) -> str:
     return (
-        f"shard {_YES[one.shard]}, activation_checkpointing {_CHECKPOINTING[one.activation_checkpointing]}, tokens_per_batch "
-        f"{one.tokens_per_batch}, micro-batches a step {one.micro_batches}"
+        f"shard {_YES[one.shard]}, activation_checkpointing {_CHECKPOINTING[one.activation_checkpointing]}, "
+        f"tokens_per_batch {one.tokens_per_batch}, micro-batches a step {one.micro_batches}"
     )
 
 
