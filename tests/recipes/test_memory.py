@@ -6,12 +6,13 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
+import torch
 
-from preftune.data.packing import micro_batches
 from preftune.equations.losses import LOSSES
 from preftune.equations.objective import Objective, Term
 from preftune.models.attention import install
 from preftune.models.fresh import tiny_llama
+from preftune.recipes.common import Batching
 from preftune.recipes.dpo import evaluate
 from preftune.recipes.reference import LiveReference
 from preftune.recipes.step import Scorer
@@ -35,9 +36,8 @@ def test_an_evaluation_reads_what_a_loss_remembers_and_moves_nothing(loss: str) 
     before = deepcopy(state)
 
     def numbers() -> float:
-        return evaluate(score, lambda rows: micro_batches(rows, tokens_per_batch=30, packed=True), groups, state)[
-            "loss"
-        ]  # type: ignore[arg-type]
+        batching = Batching(tokens_per_batch=30, packed=True, pad_id=0, device=torch.device("cpu"))
+        return float(evaluate(score, batching, groups, state)["loss"])
 
     first = numbers()
     assert state == before and numbers() == first

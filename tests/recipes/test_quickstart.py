@@ -121,9 +121,9 @@ def test_the_report_shows_the_run(fast):
     results = from_json((out / "run.json").read_text()).results
     assert f"+{results['reward_gain']['estimate']:.3f}" in page and "<script" not in page
     for part in (
-        "Reward before and after",
+        "Reward and its price",
+        "Before and after",
         "Answers side by side",
-        "Lengths",
         "Training: sft",
         "Training: dpo",
         "Data",

@@ -21,7 +21,7 @@ def outlook(
     cfg: DpoConfig, policy: LoadedModel, batching: Batching, groups: Sequence[TokenGroup], *, reference_in_loop: bool
 ) -> str:
     """`a step: ... TFLOP, ... GB`, at mean lengths and on one device; "" for what the cost model does not count."""
-    if not batching.packed or cfg.quantize != "none":
+    if not batching.packed or cfg.quantize != "none" or cfg.activation_checkpointing == "selective":
         return ""
     try:
         shape = Shape.of(policy.model.config, policy.model.dtype)
@@ -32,7 +32,7 @@ def outlook(
     mine = whole.times(min(cfg.batch_size, rows) / rows / batching.world.size)
     at_once = mine.times(min(1.0, cfg.tokens_per_batch / mine.fed))
     options = {
-        "checkpointing": bool(cfg.activation_checkpointing), "rank": cfg.lora_rank,
+        "checkpointing": cfg.activation_checkpointing == "full", "rank": cfg.lora_rank,
         "reference_in_loop": reference_in_loop,
     }  # fmt: skip
     held = memory(shape, at_once, device=batching.device.type, moments=_MOMENTS[cfg.optimizer], **options)  # type: ignore[arg-type]

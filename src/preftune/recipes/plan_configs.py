@@ -44,7 +44,7 @@ class PlanConfig(Settings):
         None, ge=2, description="computed at once, tokens; none: what fits, up to 32768"
     )
     lora_rank: int = Field(0, ge=0, description="rank of an adapter on every linear layer; 0 trains all weights")
-    reference_in_loop: bool = Field(False, description="a second model in memory instead of cached log-probs")
+    reference_in_loop: bool = Field(False, description="a second model in memory instead of the reference cache")
     out: str | None = Field(None, min_length=1, description="JSON file for the numbers; none: only printed")
 
     @classmethod
