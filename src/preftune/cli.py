@@ -50,6 +50,7 @@ STAGES: Mapping[str, str] = {
     "study shift": "does DPO generalise worse: reward and KL on other prompts and on longer ones",
     "study length": "does DPO write longer: answers at equal KL under three truths about length",
     "study gradient": "does sampling block the gradient: estimates from samples against the exact one",
+    "study cost": "is DPO as easy as SFT, with only two models: weights held, FLOPs and CPU time of an update",
 }
 """Stage -> what it does; its code is found by `_start`, its keys are `recipes.configs.CONFIGS[STAGE]`."""
 

@@ -70,4 +70,18 @@ FAULTS = [
         "worth(points[-1], frontier[seed])",
         _study("test_a_diverged"),
     ),
+    Fault(
+        "cost: weights that two models share are held twice",
+        "src/preftune/recipes/study_cost.py",
+        "weight.data_ptr(): weight.numel() for model",
+        "object(): weight.numel() for model",
+        _study("test_weights_held"),
+    ),
+    Fault(
+        "cost: a reference in the loop is judged by the cached one",
+        "src/preftune/recipes/study_cost.py",
+        "inside(loop, 0, 1.1)",
+        "inside(work, 0, 1.1)",
+        _study("test_costs_are_judged"),
+    ),
 ]

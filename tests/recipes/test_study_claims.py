@@ -13,7 +13,16 @@ import torch
 
 from preftune.equations.optimum import optimal_policy
 from preftune.errors import ArtifactError
-from preftune.recipes import study, study_data, study_frontier, study_gradient, study_length, study_shift, study_tuning
+from preftune.recipes import (
+    study,
+    study_cost,
+    study_data,
+    study_frontier,
+    study_gradient,
+    study_length,
+    study_shift,
+    study_tuning,
+)
 from preftune.recipes.comparison_configs import STUDY_CONFIGS, StudyConfig
 from preftune.recipes.study_claims import OPTIMUM, among, by_arm, taught, worth
 from preftune.recipes.study_frontier import Arm
@@ -239,3 +248,49 @@ def test_bias_is_measured_without_the_noise_of_the_mean() -> None:
         assert np.mean([estimate.bias for estimate in found]) == pytest.approx(bias, abs=0.02)
         assert np.mean([estimate.noise for estimate in found]) == pytest.approx(bias + 2 * 4 / 25, abs=0.03)
     assert study_gradient.compared((exact * 2).expand(3, 2), exact, 1) == study_gradient.Estimate(1, 1.0, 2.0, 1.0, 1.0)
+
+
+def costs(**forwards: float) -> list[dict[str, Any]]:
+    """Lines of two seeds: as the usual count says, packed rows half of it, but for what is given."""
+    held = dict(zip(study_cost.MODEL, (1, 1, 2, 3, 4), strict=True))
+    return [
+        {"family": name, "setting": rows, "seed": seed, "cpu_seconds": 1.0, "points": [
+            {"step": n, "copies": held[name], "milliseconds": 1.0,
+             "forwards": forwards.get(name, study_cost.MODEL[name]) * (0.5 if rows == "packed" else 1)}
+            for n in study_cost.SIZES
+        ]}
+        for name in study_cost.MODEL for rows in ("padded", "packed") for seed in (0, 1)
+    ]  # fmt: skip
+
+
+def test_costs_are_judged_against_sft_and_against_the_count() -> None:
+    """DPO that costs what the count says is as easy as SFT from a cache and not with both models; 20 % off is off."""
+    good, bad = "confirmed", "contradicted"
+    usual = [finding.verdict for finding in study_cost.tell(costs()).findings]
+    assert usual == [good, good, good, bad, good, good, good, good]
+    dear = [finding.verdict for finding in study_cost.tell(costs(DPO=3.6, PPO=3.5)).findings]
+    assert dear == [good, good, bad, bad, good, bad, bad, good]
+
+
+def test_weights_held_twice_count_once() -> None:
+    """A model counts its weights over the first one's; those it shares with another are not held again."""
+    one, other = (torch.nn.Linear(3, 3, bias=False) for _ in range(2))
+    head = torch.nn.Linear(3, 1, bias=False)
+    assert study_cost.copies([one]) == 1
+    assert study_cost.copies([one, other]) == 2
+    assert study_cost.copies([one, torch.nn.Sequential(one, head)]) == pytest.approx(1 + 3 / 9)
+
+
+def test_an_update_costs_the_forwards_of_its_parts(start: Start) -> None:
+    """A step is three forwards, a reference in the loop one more, an epoch of PPO six more than its rollout's."""
+
+    def spent(name: str, setting: Any = TINY) -> float:
+        return study_cost.run(replace(start, setting=setting), Arm(name, "padded", "update"))[-1].forwards
+
+    assert spent("SFT") == pytest.approx(3, rel=1e-3)
+    cached = spent("DPO")
+    assert cached == pytest.approx(3, rel=1e-3)
+    assert spent("DPO, reference in the loop") - cached == pytest.approx(1, rel=1e-3)
+    short, usual = (replace(TINY.ppo, knobs=replace(TINY.ppo.knobs, epochs=epochs)) for epochs in (1, 4))
+    grown = spent("PPO", replace(TINY, ppo=usual)) - spent("PPO", replace(TINY, ppo=short))
+    assert grown == pytest.approx(18, rel=0.05)

@@ -231,6 +231,12 @@ class GradientConfig(StudyConfig):
     study = "gradient"
 
 
+class CostConfig(StudyConfig):
+    """Weights held, FLOPs and CPU time of one update of every method."""
+
+    study = "cost"
+
+
 STUDY_CONFIGS: Mapping[str, type[Settings]] = {
     f"study {config.study}": config
     for config in (
@@ -241,6 +247,7 @@ STUDY_CONFIGS: Mapping[str, type[Settings]] = {
         ShiftConfig,
         LengthConfig,
         GradientConfig,
+        CostConfig,
     )
 }
 """Stage -> what it may be told."""

@@ -25,7 +25,7 @@ from preftune.recipes.study_settings import Course, Reinforcement
 from preftune.recipes.study_world import Point, Start
 from preftune.records import Prompt, Response
 
-__all__ = ["ppo", "rloo", "table_scorer"]
+__all__ = ["optimizer", "padded", "ppo", "rloo", "seed_of", "table_scorer"]
 
 
 def ppo(start: Start, how: Reinforcement, knobs: Mapping[str, float], rewards: Tensor, every: int) -> list[Point]:
@@ -86,6 +86,7 @@ def padded(start: Start) -> Batching:
 
 
 def optimizer(model: object, course: Course, seed: int) -> Optimizer:
+    """The course's optimizer of a model's weights, gradients clipped at norm 1."""
     assert isinstance(model, torch.nn.Module)
     return Optimizer(model, name=course.optimizer, max_grad_norm=1.0, seed=seed)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from preftune.recipes import (
     study_anchor,
+    study_cost,
     study_data,
     study_frontier,
     study_gradient,
@@ -54,5 +55,6 @@ STUDIES: dict[str, Study] = {
     "shift": Study(study_shift.ARMS, study_shift.run, page(study_shift.tell), study_shift.FULL, study_shift.FAST),
     "length": Study(study_length.ARMS, study_length.run, page(study_length.tell), study_length.FULL, study_length.FAST),
     "gradient": Study(study_gradient.ARMS, study_gradient.run, page(study_gradient.tell), SMALL, TINY),
+    "cost": Study(study_cost.ARMS, study_cost.run, page(study_cost.tell), SMALL, TINY),
 }
 """Name -> study."""
