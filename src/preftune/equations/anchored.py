@@ -77,7 +77,7 @@ def cal_dpo(pairs: PairLogps, *, beta: Positive = 2e-3, calibration: NonNegative
     Elsewhere: the authors' code has c = 1/2 and no beta in the sigmoid, which one would expect from DPO; another tool
     has c = 1. The code averages the squares over the batch before adding them to each row: the same mean, but rows
     that mix. We follow the authors' numbers and square row by row.
-    Source: arXiv 2412.14516 (pseudocode: Algorithm 1; beta and c of the authors' code).
+    Source: arXiv 2412.14516 Eq. 10 (pseudocode: Algorithm 1; beta and c of the authors' code).
     """
     gap = pairs.chosen_log_ratio - pairs.rejected_log_ratio
     return calibration * sppo(pairs, beta=beta) - logsigmoid(gap)
@@ -111,7 +111,7 @@ def nca(pairs: PairLogps, *, beta: Positive = 0.01) -> Tensor:
     Reads: log-ratios summed over tokens, each response alone.
     Elsewhere: without the noise of the chosen response, -log s(R_w) - log s(-R_l), nothing is bounded: that is what
     some tools call bco_pair when they drop its running mean, and the authors biasedNCA.
-    Source: arXiv 2402.05369 Section 4 (NCA, in its pair form; beta of its experiments).
+    Source: arXiv 2402.05369 Table 1, NCA on preference data (derived in Section 4; beta of its experiments).
     """
     r_w, r_l = beta * pairs.chosen_log_ratio, beta * pairs.rejected_log_ratio
     return -logsigmoid(r_w) - (logsigmoid(-r_w) + logsigmoid(-r_l)) / 2

@@ -194,7 +194,7 @@ def infonca(lists: ListLogps, *, beta: Positive = 0.01, alpha: Positive = 1.0) -
     Reads: scores; sums over tokens; reference.
     Elsewhere: the authors' code adds 0.01 to the first score and divides scores up to 10 by 1e-4, so that in effect
     only the first of the best responses counts. Here scores stay as they are, alpha = 1, and ties share.
-    Source: arXiv 2402.05369 Section 3 (InfoNCA); beta of the authors' configuration.
+    Source: arXiv 2402.05369 Table 1, InfoNCA on rewards (derived in Section 3); beta of the authors' configuration.
     """
     label_GK = _softmax(lists.score / alpha, lists)
     return -(label_GK * _log_softmax(_scaled(lists, beta), lists)).sum(-1)
@@ -215,7 +215,7 @@ def nca_list(lists: ListLogps, *, beta: Positive = 0.01, alpha: Positive = 1.0) 
     Addresses: likelihood displacement, the chosen response losing probability while its margin grows.
     Reads: scores; sums over tokens; reference.
     Elsewhere: as `infonca`; the authors' code takes the mean over K for the second term, which is the same.
-    Source: arXiv 2402.05369 Section 4 (NCA); beta of the authors' configuration.
+    Source: arXiv 2402.05369 Table 1, NCA on rewards (derived in Section 4); beta of the authors' configuration.
     """
     s_GK, label_GK = _scaled(lists, beta), _softmax(lists.score / alpha, lists)
     return -(label_GK * logsigmoid(s_GK) + _uniform(lists, s_GK) * logsigmoid(-s_GK)).sum(-1)

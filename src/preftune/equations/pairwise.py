@@ -132,7 +132,7 @@ def cdpo(pairs: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing =
     Reads: log-ratios summed over tokens.
     Elsewhere: at least one well-known trainer accepts `label_smoothing` and ignores it for this loss, without a word.
     Here `dpo` has no such knob and refuses it; this loss has.
-    Source: Mitchell, "A note on DPO with noisy preferences", 2023 (ericmitchell.ai/cdpo.pdf).
+    Source: Mitchell, "A note on DPO with noisy preferences", 2023 (ericmitchell.ai/cdpo.pdf), Eq. 3.
     """
     z = beta * _gap(pairs)
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)

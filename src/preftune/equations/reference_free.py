@@ -148,7 +148,7 @@ def cpo(pairs: PairLogps, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0
     Reads: sums over tokens in the preference term, mean per token in the likelihood term; no reference.
     Elsewhere: the paper prints the sequence's log-likelihood; TRL takes the mean over the micro-batch's tokens,
     turbo-alignment the sum, and its `norm` flag brings the reference back. Here the mean in each sequence, see `nll`.
-    Source: arXiv 2401.08417 Section 3 (beta 0.1).
+    Source: arXiv 2401.08417 Eq. 5, its preference term Eq. 3 (beta 0.1).
     """
     return -logsigmoid(beta * (pairs.chosen - pairs.rejected)) + nll_weight * nll(pairs)
 
@@ -176,7 +176,7 @@ def slic_hf(pairs: PairLogps, *, delta: Positive = 1.0, nll_weight: NonNegative 
     chosen response stands for it. TRL's and RSO's "SLiC" is `hinge`, on log-ratios and without the second term;
     turbo-alignment subtracts a constant margin in place of it; HALOs adds a per-sequence hinge [B] to a per-token
     likelihood [B, L], which broadcasts only by accident.
-    Source: arXiv 2305.10425 Section 2 (the weight is ours).
+    Source: arXiv 2305.10425 Eq. 4 (the weight is ours).
     """
     return relu(delta - (pairs.chosen - pairs.rejected)) - nll_weight * pairs.chosen
 
@@ -252,7 +252,7 @@ def unlikelihood(pairs: PairLogps, *, alpha: Unit = 0.5) -> Tensor:
 
     Addresses: nothing that another loss does not do better; it is here to be compared with.
     Reads: sums over tokens; no reference.
-    Source: arXiv 2305.18290 Section 6, alpha in [0, 1] (the middle is ours).
+    Source: arXiv 2305.18290 Section 6, in words and without a formula, alpha in [0, 1] (the middle is ours).
     """
     return -pairs.chosen + alpha * pairs.rejected
 

@@ -86,7 +86,7 @@ def discopop(pairs: PairLogps, *, beta: Positive = 0.05, tau: Share = 0.05) -> T
     Reads: log-ratios summed over tokens.
     Elsewhere: the first release took m = s(D), tau tied to beta; the curve is of z / tau. exp(-z) and s(z / tau) as
     two factors overflow; here their logarithms are added first. tau > 1 is refused: the loss would grow like exp(-z).
-    Source: arXiv 2406.08414 (the log-ratio modulated loss; tau of its Section 4).
+    Source: arXiv 2406.08414 Eq. 5 of v3 (the log-ratio modulated loss, with this tau).
     """
     z = _margin(pairs, beta)
     return torch.exp(logsigmoid(z / tau) - z) - torch.sigmoid(-z / tau) * logsigmoid(z)
@@ -214,7 +214,7 @@ def xpo(pairs: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1e-5) ->
     Elsewhere: the paper draws one response of a pair from the policy, one from the reference, and adds alpha log pi
     of the latter; a row does not say which is which, so both must come from the reference and the term is the mean
     over both. log-ratios differ from log-probs by a constant, which keeps the value at the start at ln 2.
-    Source: arXiv 2405.21046 Algorithm 1.
+    Source: arXiv 2405.21046 Algorithm 1, step 6.
     """
     optimism = alpha * (pairs.chosen_log_ratio + pairs.rejected_log_ratio) / 2
     return optimism - logsigmoid(_margin(pairs, beta))

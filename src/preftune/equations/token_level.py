@@ -45,7 +45,7 @@ def tdpo1(pairs: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     Reads: sums over tokens; reference, as whole distributions: no cache of log-probs can serve it.
     Elsewhere: the authors' code logs beta (a + K) as reward; here it is beta a, as in DPO. It also takes the log of
         a softmax, which is NaN where a probability underflows; here no probability is ever taken the log of.
-    Source: arXiv 2404.11999, the loss called TDPO_1 (the procedure is Algorithm 1).
+    Source: arXiv 2404.11999 Eq. 15 of v5, TDPO_1 (the procedure is Algorithm 1).
     """
     K_w, K_l = _divergences(pairs)
     return -logsigmoid(beta * (_gap(pairs) - (K_l - K_w)))
@@ -68,7 +68,7 @@ def tdpo2(pairs: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -
     Reads: sums over tokens; reference, as whole distributions: no cache of log-probs can serve it.
     Elsewhere: the authors' function is TDPO2 by default, their configuration TDPO1; here each has its own name. For
         logged rewards and underflow see `tdpo1`.
-    Source: arXiv 2404.11999, the loss called TDPO_2 (the procedure is Algorithm 1; alpha, beta of its experiments).
+    Source: arXiv 2404.11999 Eq. 17-18 of v5, TDPO_2 (the procedure is Algorithm 1; alpha, beta of its experiments).
     """
     K_w, K_l = _divergences(pairs)
     return -logsigmoid(beta * (_gap(pairs) - alpha * (K_l - K_w.detach())))

@@ -58,7 +58,7 @@ def aot(pairs: PairLogps, *, beta: Positive = 0.01, label_smoothing: Smoothing =
     Addresses: per-pair losses reward the average margin and leave bad tails alone.
     Reads: sums over tokens; reference; all pairs of the step.
     Elsewhere: tools sort within the micro-batch, whose size then changes the loss; here it is always the step.
-    Source: arXiv 2406.05882 (paired), beta of its experiments.
+    Source: arXiv 2406.05882 Section 3 (paired), beta of its experiments.
     """
     z = beta * _dominance(pairs)
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
@@ -80,7 +80,7 @@ def aot_unpaired(pairs: PairLogps, *, beta: Positive = 0.01, label_smoothing: Sm
     Addresses: chosen and rejected responses that do not answer the same prompts; bad tails.
     Reads: sums over tokens; reference; all pairs of the step.
     Elsewhere: as for `aot`.
-    Source: arXiv 2406.05882 (unpaired), beta of its experiments.
+    Source: arXiv 2406.05882 Section 3 (unpaired), beta of its experiments.
     """
     z = beta * _quantile_gap(pairs.chosen_log_ratio, pairs.rejected_log_ratio)
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
