@@ -54,6 +54,11 @@ class Response:
     logp: float | None = None
     """Log-prob of the whole response, end mark included, under the sampler that wrote it; nats, None when unknown."""
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """The `key=value` words of the provenance, in their order; free text has none."""
+        return dict(word.split("=", 1) for word in self.provenance.split() if "=" in word)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankedResponses:

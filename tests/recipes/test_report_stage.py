@@ -84,7 +84,7 @@ def test_a_report_that_cannot_be_written_is_a_warning_in_the_card(
         returned = finish(run, {"loss": 0.5})
     found = card(tmp_path / "run")
     assert found == returned and found.status == "done" and found.results == {"loss": 0.5}
-    expected = "report.html was not written (ZeroDivisionError: a figure of nothing); preftune report "
+    expected = "the report was not written (ZeroDivisionError: a figure of nothing); preftune report "
     assert found.notes[-1].startswith(expected) and f"warning: {expected}" in capsys.readouterr().err
     monkeypatch.undo()
     assert cli.main(["report", str(tmp_path / "run")]) == 0

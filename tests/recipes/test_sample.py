@@ -160,11 +160,12 @@ def test_the_card_beside_the_file_tells_model_settings_and_counts(
     card = run(config(world, prompts, seed=1))
     assert card == from_json((tmp_path / "s.jsonl.run.json").read_text())
     assert card.status == "done" and card.hashes["model_weights"] == world[1].weights_sha256
-    assert (card.data["prompts"]["prompts"], card.data["prompts"]["duplicates"]) == (2, 1)
+    assert (card.data["prompts"]["used"], card.data["prompts"]["duplicate"]) == (2, 1)
     added = [response for row in records(tmp_path / "s.jsonl")[2:] for response in row.responses]
-    assert card.results["responses"] == len(added) == 4 and card.results["lines_found"] == 2
-    assert card.results["finished"] == sum(response.finished for response in added)
-    assert card.results["tokens"] == sum(len(response.text) + response.finished for response in added)
+    told = card.results["added"]
+    assert told["responses"] == len(added) == 4 and card.results["lines_found"] == 2
+    assert told["finished"] == sum(response.finished for response in added)
+    assert told["completion_tokens"] == sum(len(response.text) + response.finished for response in added)
     assert [re.search(r"seed=\d", note)[0] for note in card.notes] == ["seed=0", "seed=1"]  # type: ignore[index]
     words = dict(word.split("=") for word in added[0].provenance.split())
     assert words["model"] == world[1].weights_sha256[:16] and words["seed"] == "1" and words["engine"] == "local"
@@ -228,7 +229,7 @@ def test_a_prompt_without_room_is_a_refused_row(
     prompts = prompts_file(tmp_path, [{"prompt": "a"}, {"prompt": "ab" * 300}, {"prompt": "b"}])
     card = run(config(world, prompts, allow_refused=1))
     assert [row.prompt for row in records(tmp_path / "s.jsonl")] == ["a", "b"]
-    assert (card.data["prompts"]["prompts"], card.data["prompts"]["refused"]) == (2, 1)
+    assert (card.data["prompts"]["used"], card.data["prompts"]["refused"]) == (2, 1)
     positions = world[1].model.config.max_position_embeddings
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(

@@ -227,7 +227,8 @@ def test_a_torn_metric_and_an_unreadable_stage_are_gaps_that_the_page_states(fol
 )
 def test_a_run_that_did_not_end_well_says_so_before_any_number(folder, status, said):
     """Above the results, with the reason."""
-    write(folder / "dpo", card("dpo", status=status, notes=("failed: NotFinite: rows a:3",)), curve())
+    config = {"resume": False}  # the stage has the key
+    write(folder / "dpo", card("dpo", status=status, config=config, notes=("failed: NotFinite: rows a:3",)), curve())
     text = page(folder / "dpo").text
     assert "Read this first" in text and said in text and text.index(said) < text.index("Training: dpo")
 

@@ -34,7 +34,7 @@ class SampleConfig(Settings):
     max_tokens: int = Field(256, ge=1, description="longest response, end mark included, tokens")
     seed: int = Field(0, ge=0, lt=2**32, description="of the draws; another seed adds further responses")
     out: str = Field(
-        min_length=1, description="file to write or continue: a line of JSON per prompt, run card beside it"
+        min_length=1, description="file to write or continue: a line of JSON per prompt; run card and report beside it"
     )
     batch_size: int = Field(64, ge=1, description="responses computed at once; moves nothing but the last digits")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

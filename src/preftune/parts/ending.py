@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from preftune.engine.run import Run
+from preftune.engine.run import Run, Stopped
 from preftune.errors import UserError
 from preftune.records import RunCard
 
-__all__ = ["finish", "opened", "page"]
+__all__ = ["finish", "opened", "page", "stoppable"]
 
 
 @contextmanager
@@ -50,13 +52,31 @@ def finish(run: Run, results: Mapping[str, Any]) -> RunCard:
     return run.card
 
 
-def page(folder: Path) -> str:
-    """Write `FOLDER/report.html`; the sentence to warn with where that fails, "" where it does not."""
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM raises `Stopped` inside, as Ctrl-C raises KeyboardInterrupt: for what is whole at any instant.
+
+    A second one ends the process at once. Only where this process works alone: the others would wait for it.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def page(run: Path) -> str:
+    """Write `RUN/report.html`, of a file of samples `RUN.html`; "", or a sentence to warn with where that fails."""
     try:
         from preftune.reports.html import write_report  # here, for it is needed once and costs an import
 
-        write_report(folder)
+        write_report(run)
     except Exception as problem:  # whatever it is, the run behind the page is whole
         cause = f"{type(problem).__name__}: {problem}"
-        return f"report.html was not written ({cause}); preftune report {folder} tries again"
+        return f"the report was not written ({cause}); preftune report {run} tries again"
     return ""

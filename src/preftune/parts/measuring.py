@@ -25,8 +25,8 @@ from preftune.parts.contestants import Answers, Contestant
 from preftune.records import Response
 
 __all__ = [
-    "Measured", "Row", "best_of", "by_prompt", "comparable", "measure", "measure_texts", "reference_gap", "scored",
-    "summary", "texts_of",
+    "Measured", "Row", "best_of", "by_prompt", "comparable", "measure", "measure_texts", "of_texts",
+    "reference_gap", "scored", "summary", "texts_of",
 ]  # fmt: skip
 
 
@@ -113,9 +113,9 @@ def measure_texts(name: str, answers: list[Answers]) -> Measured:
 
 
 def _told_tokens(response: Response) -> int | None:
-    """What the server counted, if it said so."""
-    words = dict(word.split("=", 1) for word in response.provenance.split())
-    return int(words["tokens"]) if "tokens" in words else None
+    """What the sampler counted, if it said so."""
+    tokens = response.facts.get("tokens")
+    return None if tokens is None else int(tokens)
 
 
 def _check_scores(
@@ -183,9 +183,16 @@ def summary(measured: Measured, reference: Measured, cfg: EvaluateConfig) -> dic
         if cfg.top_p == 1:
             found["forward_kl"] = _of(measured.forward, "rao_blackwell")
             found["forward_k1"] = _of(measured.forward, "k1")
+    return found | of_texts(measured)
+
+
+def of_texts(measured: Measured) -> dict[str, Interval | None]:
+    """What the answers look like: lengths, how many ended, how often the same is said."""
+    rows = measured.rows
     prompts = [row.prompt for row in rows]
-    for column in ("tokens", "characters", "words", "distinct"):
-        found[column] = _mean(rows, column)
+    found: dict[str, Interval | None] = {
+        column: _mean(rows, column) for column in ("tokens", "characters", "words", "distinct")
+    }
     for column in ("finished", "loop"):
         found[column] = share([float(getattr(row, column)) for row in rows], clusters=prompts)
     texts = texts_of(measured)

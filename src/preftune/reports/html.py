@@ -19,7 +19,7 @@ from markupsafe import Markup
 from preftune.errors import ArtifactError
 from preftune.records import Judgement, Response
 from preftune.reports import comparison, telling
-from preftune.reports.courses import Drawn, courses
+from preftune.reports.courses import COLOURS, Drawn, courses
 from preftune.reports.meanings import number
 from preftune.reports.plots import Histogram, histogram
 from preftune.reports.reading import RunFolder, Stage, read, tables
@@ -48,6 +48,8 @@ class _Data:
     role: str
     report: Mapping[str, Any]
     source: str
+    listed: str
+    """The file with all refused rows."""
 
     @property
     def counted(self) -> bool:
@@ -123,7 +125,11 @@ def render(*runs: RunFolder) -> str:
             verdicts=[
                 (name, *said) for name, run in zip(names, runs, strict=True) for said in comparison.verdicts(run)
             ],
-            histograms=[figure for run in runs for figure in _histograms(run)] if len(runs) == 1 else [],
+            histograms=[
+                (title, figures)
+                for title, figures in (("Before and after", list(_histograms(one))), ("Lengths", list(_lengths(one))))
+                if figures and len(runs) == 1
+            ],
             courses=list(_courses(runs, names)),
             answers=[
                 (name, list(telling.answer_groups(run))) for name, run in zip(names, runs, strict=True) if run.answers
@@ -157,12 +163,13 @@ def _unended(run: RunFolder) -> Iterator[str]:
     if card.status == "running":
         yield f"{run.card_file}: this run had not ended when this was written, or was killed; numbers may be missing"
     elif card.status == "stopped":
-        yield f"{run.card_file}: this run was stopped and can be continued with --resume; these are its numbers so far"
+        how = "can be continued with --resume" if "resume" in card.config else "goes on with the same command"
+        yield f"{run.card_file}: this run was stopped and {how}; these are its numbers so far"
     elif card.status == "failed":
         reason = next((note for note in reversed(card.notes) if note.startswith("failed: ")), "failed")
         yield f"{run.card_file}: this run {reason}"
     for note in card.notes:
-        if note.startswith("report.html was not written"):
+        if note.startswith("the report was not written"):
             yield note
 
 
@@ -195,7 +202,9 @@ def _data(run: RunFolder, name: str) -> Iterator[_Data]:
             if isinstance(report, Mapping):
                 label = "/".join(part for part in (name, stage.name) if part) or stage.card.stage
                 source = run.card_file if not stage.name else stage.file("run.json")
-                yield _Data(stage=label, role=role, report=report, source=f"{source}: data.{role}")
+                beside = run.card_file.endswith(".run.json")  # a file of samples: all that it has is its card
+                listed = source if beside else f"{source.removesuffix('run.json')}refused-{role}.txt"
+                yield _Data(stage=label, role=role, report=report, source=f"{source}: data.{role}", listed=listed)
 
 
 def _cards(run: RunFolder) -> Iterator[tuple[str, Any]]:
@@ -212,12 +221,32 @@ def _histograms(run: RunFolder) -> Iterator[Markup]:
     sides: dict[str, list[Response]] = {"before": [j.first for j in said], "after": [j.second for j in said]}
     scores = {name: [r.score for r in side if r.score is not None] for name, side in sides.items()}
     if all(scores.values()):
-        yield _histogram("reward", scores, 20, False, f"{source}: first.score, second.score")
+        yield _histogram("reward before and after", "reward", scores, 20, False, f"{source}: first.score, second.score")
     lengths = {name: [len(r.text.split()) for r in side] for name, side in sides.items()}
-    yield _histogram("length, words", lengths, 30, True, f"{source}: words of first.text, second.text")
+    where = f"{source}: words of first.text, second.text"
+    yield _histogram("length before and after", "length, words", lengths, 30, True, where)
 
 
-def _histogram(title: str, values: Mapping[str, Sequence[float]], bins: int, whole: bool, source: str) -> Markup:
+def _lengths(run: RunFolder) -> Iterator[Markup]:
+    """How long the answers of every sampler are: in tokens, where all of them were counted, else in words."""
+    sampled = list(telling.by_sampler(run.answers).items())[:COLOURS]
+    said = {kind: [response for record, _ in rows for response in record.responses] for kind, rows in sampled}
+    if not said:
+        return
+    counted = all("tokens" in response.facts for responses in said.values() for response in responses)
+    unit = "tokens" if counted else "words"
+    lengths = {
+        kind or "all": [int(r.facts["tokens"]) if counted else len(r.text.split()) for r in responses]
+        for kind, responses in said.items()
+    }
+    source = run.answers[0].origin.rpartition(":")[0]
+    where = f"{source}: {'tokens of responses[].provenance' if counted else 'words of responses[].text'}"
+    yield _histogram("length of answers", f"length, {unit}", lengths, 30, True, where)
+
+
+def _histogram(
+    title: str, axis: str, values: Mapping[str, Sequence[float]], bins: int, whole: bool, source: str
+) -> Markup:
     everything = [value for side in values.values() for value in side]
     low, high = min(everything), max(everything)
     if whole:
@@ -228,11 +257,12 @@ def _histogram(title: str, values: Mapping[str, Sequence[float]], bins: int, who
             (min(low, 0.0), max(high, 1.0)) if low >= 0 and high <= 1 else (low, high if high > low else low + 1)
         )
         edges = [low + (high - low) * i / bins for i in range(bins + 1)]
-    samples = [Histogram(label=name, colour=name, values=side) for name, side in values.items()]
-    what = title.partition(",")[0]
-    return Markup(
-        histogram(f"{what} before and after", samples, bins=edges, x_label=f"{title} (answers, %)", source=source)
-    )
+    colours = [name if name in ("before", "after") else f"r{i}" for i, name in enumerate(values)]
+    samples = [
+        Histogram(label=name, colour=colour, values=side)
+        for (name, side), colour in zip(values.items(), colours, strict=True)
+    ]
+    return Markup(histogram(title, samples, bins=edges, x_label=f"{axis} (answers, %)", source=source))
 
 
 def _markup(text: str | None) -> Markup | None:

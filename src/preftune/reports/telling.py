@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
-from preftune.records import Judgement, Prompt, Response, RunCard
+from preftune.records import Judgement, Prompt, Response, RunCard, SampledResponses
 from preftune.reports.reading import Answer, RunFolder
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Shown",
     "Side",
     "answer_groups",
+    "by_sampler",
     "differences",
     "labels",
     "sentence",
@@ -29,12 +30,13 @@ __all__ = [
 
 LONGEST_TEXT = 1200  # characters of an answer on the page; the rest is in the file that is named beside it
 RANDOM, EXTREME = 6, 4
+KINDS, SIDES = 3, 4  # pairs of models, or samplers, whose answers are shown; answers to one prompt side by side
 DONE = {
     "sft": "Supervised fine-tuning of {model} on {data}",
     "dpo": "Preferences into a policy: {model} with loss {loss} on {data}",
     "reward": "A reward model from {model}, loss {loss}, on {data}",
     "ppo": "Reinforcement learning against {reward}: {model} with {algorithm} on {prompts}",
-    "sample": "{n} responses of {model} to each of {prompts}",
+    "sample": "{n} responses of {model} to each prompt of {prompts}",
     "label": "{judge} compares the responses of {samples}",
     "evaluate": "{model} against {reference} on {prompts}",
     "quickstart": "The whole loop on generated film reviews: SFT, sampled pairs, DPO, and the answers before and after",
@@ -48,12 +50,11 @@ def sentence(card: RunCard) -> str:
     known = {key: _short(value) for key, value in card.config.items() if value is not None}
     if card.config.get("beta") is not None and "loss" in known:
         known["loss"] = f"{known['loss']} (beta {known['beta']})"
-    online = card.stage == "dpo" and card.config.get("online") is True
-    told = (
-        "Online DPO: {model} with loss {loss}, its own responses to {prompts}"
-        if online
-        else DONE.get(card.stage.partition(" ")[0], "")
-    )
+    told = DONE.get(card.stage.partition(" ")[0], "")
+    if card.stage == "dpo" and card.config.get("online") is True:
+        told = "Online DPO: {model} with loss {loss}, its own responses to {prompts}"
+    elif card.stage == "sample" and "engine" in known:
+        told = "{n} responses of {engine_model} at {engine} to each prompt of {prompts}"
     try:
         said = told.format_map(known)
     except KeyError:
@@ -63,6 +64,8 @@ def sentence(card: RunCard) -> str:
     rows = train.get("pairs") or train.get("responses") if isinstance(train, Mapping) else None
     if isinstance(rows, int):
         said += f": {rows:,} {'pairs' if train and train.get('pairs') else 'responses'}"
+    if card.stage == "sample" and isinstance(responses := card.results.get("responses"), int):
+        said += f": {responses:,} responses to {card.results['answered']:,} of {card.results['prompts']:,} prompts"
     steps = card.results.get("steps")
     return f"{said}, {steps:,} optimizer steps" if isinstance(steps, int) else said
 
@@ -167,14 +170,16 @@ class Group:
 
 
 def answer_groups(run: RunFolder) -> Iterator[Group]:
-    """Random ones first, then best, worst and longest, of every two models that were compared."""
+    """Random ones first, then best, worst and longest, of every two models that were compared, or of every sampler."""
     seed = run.card.config.get("seed", 0)
     reference = str(run.card.results.get("reference", ""))
-    kinds: dict[str, list[Shown]] = {}
+    sampled = by_sampler(run.answers)
+    kinds: dict[str, list[Shown]] = {kind: [_line(record, at) for record, at in rows] for kind, rows in sampled.items()}
     for answer in run.answers:
-        shown = _shown(answer, run.card.stage == "quickstart", reference)
-        kinds.setdefault(" against ".join(side.name for side in reversed(shown.sides[:2])), []).append(shown)
-    for kind, rows in list(kinds.items())[:3]:
+        if isinstance(answer.record, Judgement):
+            shown = _shown(answer.record, answer.origin, run.card.stage == "quickstart", reference)
+            kinds.setdefault(" against ".join(side.name for side in reversed(shown.sides[:2])), []).append(shown)
+    for kind, rows in list(kinds.items())[:KINDS]:
         of = f" ({kind})" if len(kinds) > 1 else ""
         drawn = sorted(random.Random(f"preftune {seed}").sample(range(len(rows)), min(RANDOM, len(rows))))
         yield Group(
@@ -182,6 +187,9 @@ def answer_groups(run: RunFolder) -> Iterator[Group]:
             rule=f"{len(drawn)} of {len(rows):,}, drawn with the run's seed ({seed}), in the order of the file",
             rows=tuple(rows[i] for i in drawn),
         )
+        if kind in sampled:
+            yield from _extremes(sampled[kind], of)
+            continue
         scored = [row for row in rows if row.gain is not None]
         up = sorted((row for row in scored if (row.gain or 0) > 0), key=lambda row: -(row.gain or 0))[:EXTREME]
         down = sorted((row for row in scored if (row.gain or 0) < 0), key=lambda row: row.gain or 0)[:EXTREME]
@@ -193,13 +201,64 @@ def answer_groups(run: RunFolder) -> Iterator[Group]:
         ):
             if picked:
                 yield Group(title=f"{title}{of}", rule=rule, rows=tuple(picked))
+    if rest := list(kinds)[KINDS:]:
+        yield Group(title=f"{len(rest)} more", rule=f"not shown: {', '.join(rest)}", rows=())
 
 
-def _shown(answer: Answer, before_and_after: bool, reference: str) -> Shown:
-    record = answer.record
-    if not isinstance(record, Judgement):
-        sides = tuple(_side(f"response {i}", one, False) for i, one in enumerate(record.responses[:4], start=1))
-        return Shown(prompt=_prompt(record.prompt), sides=sides, verdict="", gain=None, origin=answer.origin)
+def by_sampler(answers: Sequence[Answer]) -> dict[str, list[tuple[SampledResponses, str]]]:
+    """(line, origin) of samples by who wrote them, called by the words in which they differ: `seed=1`; "" if one did.
+
+    A server is sent a seed of its own for every prompt, so there the seed tells nothing.
+    """
+    kinds: dict[tuple[str, ...], list[tuple[SampledResponses, str]]] = {}
+    for answer in answers:
+        if isinstance(answer.record, SampledResponses):
+            facts = answer.record.responses[0].facts
+            aside = {"tokens"} if facts.get("engine") in (None, "local") else {"tokens", "seed"}
+            words = tuple(f"{key}={value}" for key, value in facts.items() if key not in aside)
+            kinds.setdefault(words, []).append((answer.record, answer.origin))
+    shared = set.intersection(*map(set, kinds)) if kinds else set()
+    return {" ".join(word for word in words if word not in shared): rows for words, rows in kinds.items()}
+
+
+def _extremes(lines: Sequence[tuple[SampledResponses, str]], of: str) -> Iterator[Group]:
+    """Single answers of a sampler: the longest, the shortest, and prompts that got the same answer several times."""
+    every = [(line, at, i) for line, at in lines for i in range(len(line.responses))]
+    by_length = sorted(every, key=lambda one: len(one[0].responses[one[2]].text))
+    longest, shortest = by_length[: -EXTREME - 1 : -1], by_length[: min(EXTREME, len(every) - EXTREME)]
+    for title, picked in (("Longest", longest), ("Shortest", shortest)):
+        if picked:
+            rule = f"the {len(picked)} {title.lower()} answers, in characters"
+            yield Group(title=f"{title}{of}", rule=rule, rows=tuple(_line(line, at, (i,)) for line, at, i in picked))
+    copies = [(*Counter(r.text for r in line.responses).most_common(1)[0], line, at) for line, at in lines]
+    again = sorted((one for one in copies if one[1] > 1), key=lambda one: -one[1])
+    if again:
+        shown = again[:EXTREME]
+        rule = f"of {len(again):,} prompts that got one answer several times, the {len(shown)} that got it most often"
+        yield Group(title=f"Said again{of}", rule=rule, rows=tuple(_copied(*one) for one in shown))
+
+
+def _line(record: SampledResponses, origin: str, chosen: Sequence[int] = range(SIDES)) -> Shown:
+    """A line of samples: the chosen responses by their numbers, as far as it has them, and how many are not shown."""
+    _, _, first = record.key.partition("+")
+    number = int(first) if first.isdecimal() else 0
+    there = [i for i in chosen if i < len(record.responses)]
+    sides = tuple(_side(f"response {number + i + 1}", record.responses[i], False) for i in there)
+    rest = len(record.responses) - len(there)
+    said = f"{rest:,} more {'response' if rest == 1 else 'responses'} to it" if rest else ""
+    return Shown(prompt=_prompt(record.prompt), sides=sides, verdict=said, gain=None, origin=origin)
+
+
+def _copied(text: str, times: int, record: SampledResponses, origin: str) -> Shown:
+    """The answer that a prompt got most often."""
+    response = next(one for one in record.responses if one.text == text)
+    said = f"{times} of {len(record.responses)} responses to it"
+    return Shown(
+        prompt=_prompt(record.prompt), sides=(_side(said, response, False),), verdict="", gain=None, origin=origin
+    )
+
+
+def _shown(record: Judgement, origin: str, before_and_after: bool, reference: str) -> Shown:
     first, second = (_model(response) for response in (record.first, record.second))
     if before_and_after:
         first, second = "before", "after"
@@ -215,7 +274,7 @@ def _shown(answer: Answer, before_and_after: bool, reference: str) -> Shown:
     told_apart = first != "shown first"  # else neither is the one that should gain
     gain = scores[1] - scores[0] if told_apart and scores[0] is not None and scores[1] is not None else None
     verdict = {"tie": "a tie", "both_bad": "both bad", "skip": "no verdict"}.get(record.outcome, "")
-    return Shown(prompt=_prompt(record.prompt), sides=tuple(pair), verdict=verdict, gain=gain, origin=answer.origin)
+    return Shown(prompt=_prompt(record.prompt), sides=tuple(pair), verdict=verdict, gain=gain, origin=origin)
 
 
 def _side(name: str, response: Response, won: bool) -> Side:
@@ -229,8 +288,7 @@ def _prompt(prompt: Prompt) -> tuple[tuple[str, str], ...]:
 
 
 def _model(response: Response) -> str:
-    words: Iterable[list[str]] = (word.split("=", 1) for word in response.provenance.split())
-    return next((word[1] for word in words if len(word) == 2 and word[0] == "model"), "")
+    return response.facts.get("model", "")
 
 
 def _short(value: Any) -> str:
