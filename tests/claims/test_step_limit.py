@@ -85,14 +85,6 @@ def test_attention_counts_every_visible_pair() -> None:
     assert attention == pytest.approx(3.5 * 4 * 3 * 4 * 8 * visible, rel=5e-3)
 
 
-def test_the_gpu_benchmark_divides_by_the_same_limit() -> None:
-    """`gpu_step.py` is one file, so it repeats the formula: the two agree."""
-    gpu = benchmark("gpu_step")
-    shape = gpu.Shape(32, 48, 3, 4, 2, 8, 97, True)
-    pairs = [(g.prompt, *g.responses) for g in groups()]
-    assert gpu.limit_flops(pairs, shape) == LIMIT.limit_flops(LENGTHS, SHAPE)
-
-
 def test_matrix_products_are_timed() -> None:
     """Between a millionth and a millionfold of what any processor does, so that no unit is lost."""
     assert 1e7 < LIMIT.gemm_rate("float32", size=128, seconds=0.01) < 1e13
