@@ -75,13 +75,13 @@ def test_attention_and_recomputation_are_the_products_own_choice(
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     chosen: list[Any] = []
     choose = recomputing.choose
-    monkeypatch.setattr(recomputing, "choose", lambda *args: (chosen.append(choose(*args)) or chosen[-1][0], 40))
+    monkeypatch.setattr(recomputing, "choose", lambda *args: (chosen.append(choose(*args)) or chosen[-1][0], 16))
     monkeypatch.setattr(gpu, "trl", gpu.preftune)
     rows = run(gpu, tmp_path / "f.json", monkeypatch, "--profiles", "hh", "--steps", "1")
     how = rows[0]["how"]
     assert how["attention"] == "dense: told to" and used
     assert chosen[0] == ("full", 2048) and how["checkpointing"] == "full"
-    assert how["tokens_at_once"] == 40 and len(how["micro_batches"]) == 2, "no more at once than was chosen"
+    assert how["tokens_at_once"] == 16 and len(how["micro_batches"]) == 2, "no more at once than was chosen"
 
 
 def test_a_run_that_is_ended_keeps_its_rows(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
