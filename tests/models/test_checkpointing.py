@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from preftune.data.packing import pack
 from preftune.errors import ConfigError
-from preftune.models.attention import install
+from preftune.models import checkpointing
+from preftune.models.attention import BACKENDS, Layout, install
 from preftune.models.checkpointing import recompute_activations
 from preftune.models.logprobs import score
-from preftune.tensors import PackedBatch, TokenGroup
+from preftune.tensors import AttentionPlan, PackedBatch, Segment, TokenGroup
 
 
 class _Counting(TorchDispatchMode):
@@ -63,6 +66,22 @@ def test_the_gradient_is_the_same_and_only_what_was_said_is_computed_twice(tiny_
     assert some["rsqrt"] == every["rsqrt"] > 0, "norms are computed again"
     assert some["mm"] == none["mm"] < every["mm"]
     assert some[attention] == none[attention] == 0 < every[attention]
+
+
+def test_a_variable_length_kernel_is_not_run_twice() -> None:
+    """What CUDA attends with: on the meta device selective runs it once, full once more in the backward pass."""
+    plan, found = AttentionPlan((Segment(0, 40), Segment(40, 60, 0, 30)), 60), []
+    for what in ("selective", "full"):
+        contexts: dict[str, Any] = {}
+        if what == "selective":
+            contexts["context_fn"] = partial(create_selective_checkpoint_contexts, checkpointing._HELD)
+        q, k, v = (torch.empty(1, 2, 60, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+        with _Counting() as counted:
+            attend = lambda *x: BACKENDS["varlen"](*x, Layout(plan, "varlen"), 0.3, None, None)  # noqa: E731
+            out = checkpoint(attend, q, k, v, use_reentrant=False, **contexts)
+            out.backward(torch.empty_like(out))
+        found.append(counted.calls["_varlen_attn"])
+    assert found == [1, 2]
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

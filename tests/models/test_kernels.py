@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from preftune.data.packing import pack
 from preftune.errors import ConfigError
@@ -82,6 +85,61 @@ def test_so_it_is_for_the_rows_that_packing_makes(seed: int, spoken: None) -> No
     for window in (None, 3):
         ours, oracle = (BACKENDS[n](q, k, v, Layout(plan, n), 0.5, window, None) for n in ("varlen", "dense"))
         assert torch.allclose(ours, oracle, rtol=0, atol=1e-12)
+
+
+class _Told(TorchDispatchMode):
+    """Arguments of torch's variable-length kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.torch_attn._varlen_attn.default:
+            self.options.append((*args[5:10], len(args) > 10 and args[10]))  # defaults at the end are not told
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torchs_own_kernel_takes_these_arguments(shape: tuple[int, int, int], window: int | None) -> None:
+    """Its own function, on the meta device, where shapes are checked and nothing is computed; forward and backward."""
+    heads, kv_heads, size = shape
+    plan = backends._ROW
+    q, k, v = (
+        torch.empty(1, n, plan.length, size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    kernels._kernel.cache_clear()
+    with _Told() as told:
+        out = BACKENDS["varlen"](q, k, v, Layout(plan, "varlen"), 0.3, window, None)
+    assert out.shape == (1, plan.length, heads, size)
+    left = -1 if window is None else window - 1
+    assert told.options == [(150, 150, window is None, 0.3, [left, 0], heads > kv_heads)]
+    for x, gradient in zip((q, k, v), torch.autograd.grad(out, (q, k, v), torch.empty_like(out)), strict=True):
+        assert gradient.shape == x.shape and gradient.dtype == x.dtype
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flash_attn_takes_these_arguments(
+    shape: tuple[int, int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has no kernel: a module with flash-attn's signature that does what its documentation says."""
+
+    def flash_attn_varlen_func(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:  # fmt: skip
+        assert causal and window_size[1] == 0 and softmax_scale is not None and dropout_p == 0
+        plan = VarlenPlan(cu_seqlens_q, cu_seqlens_k, torch.empty(0), max_seqlen_q, max_seqlen_k)
+        return in_words(q, k, v, plan, softmax_scale, None if window_size[0] < 0 else window_size[0] + 1)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    monkeypatch.setattr(kernels, "_torch_has_varlen", lambda: False)
+    monkeypatch.setattr(kernels, "_kernel", kernels._kernel.__wrapped__)
+    assert disagreement("varlen", "cpu", torch.float64, shape, window) < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -9,6 +9,7 @@ No number changes: what is computed again is computed alike.
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any, Literal
 
@@ -31,6 +32,10 @@ _HELD: list[Any] = [
     _aten._scaled_dot_product_cudnn_attention.default,
 ]
 """Expensive, with outputs of the size of a hidden state. Scores of block attention grow with the square: not held."""
+with contextlib.suppress(ImportError):  # the kernel of packed rows on CUDA
+    import torch.nn.attention.varlen
+
+    _HELD.append(torch.ops.torch_attn._varlen_attn.default)
 
 
 def recompute_activations(model: Any, what: Recomputed) -> None:
