@@ -26,7 +26,6 @@ import platform
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,13 +212,16 @@ def preftune(job: Job) -> Answer:
 
     def step(pairs: list[Pair]) -> None:
         some = groups[id(pairs)]
-        work = partial(one_step, scorer, {}, some, clock, ALONE)
-        _, meter, batches = batching.fit(batching.share(some), work, model.zero_grad)
+
+        def work(batches: Any) -> Any:
+            how["micro_batches"] = [batch.input_ids.numel() for batch in batches]
+            how["most_scored"] = max(len(batch.targets) for batch in batches)
+            return one_step(scorer, {}, some, clock, ALONE, batches)
+
+        _, meter = batching.fit(batching.share(some), work, model.zero_grad)
         meter.refuse_not_finite()
         sgd(model)
-        how["loss"] = meter.metrics(clock, batches)["loss"]
-        how["micro_batches"] = [batch.input_ids.numel() for batch in batches]
-        how["most_scored"] = max(len(batch.targets) for batch in batches)
+        how["loss"] = meter.metrics(clock)["loss"]
 
     seconds = job.timed(step)
     how["head"] = kept_by_the_head(model, how["most_scored"])

@@ -103,10 +103,10 @@ FAULTS = [
     Fault(
         "evaluation: what a loss remembers moves with held-out rows",
         "src/preftune/recipes/dpo.py",
-        "    meter.add(ordered, logps, objective.evaluate(logps, ordered, state), state)\n",
-        "    for name, memory in objective.updated(logps, ordered, state).items():\n"
-        "        state[name].update(memory)\n"
-        "    meter.add(ordered, logps, objective.evaluate(logps, ordered, state), state)\n",
+        "        meter.add(ordered, logps, objective.evaluate(logps, ordered, state), state)\n",
+        "        for name, memory in objective.updated(logps, ordered, state).items():\n"
+        "            state[name].update(memory)\n"
+        "        meter.add(ordered, logps, objective.evaluate(logps, ordered, state), state)\n",
         "tests/recipes/test_memory.py",
     ),
     Fault(

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from preftune.errors import ArtifactError, ConfigError, DataError
 from preftune.models.cost import Work
-from preftune.parts.planning import USABLE, Range
-from preftune.recipes.plan import PlanConfig, _count, _time, main
+from preftune.parts.planning import USABLE, Range, spoken
+from preftune.recipes.plan import PlanConfig, _count, main
 
 LENGTHS = {"prompt_tokens": 130.0, "chosen_tokens": 70.0, "rejected_tokens": 60.0}
 
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[s
 
 def test_times_and_counts_are_written_in_units_that_fit() -> None:
     """Milliseconds to days; thousands to billions; no exponents."""
-    assert [_time(Range(s / 2, s)) for s in (0.02, 0.5, 100, 400, 9000, 400000)] == [
+    assert [spoken(Range(s / 2, s)) for s in (0.02, 0.5, 100, 400, 9000, 400000)] == [
         "10 to 20 ms", "0.25 to 0.5 s", "50 to 100 s", "3.3 to 6.7 min", "1.2 to 2.5 h", "2.3 to 4.6 days",
     ]  # fmt: skip
     assert [_count(n) for n in (260_032, 41_943_040, 8_030_261_248)] == ["260k", "41.9M", "8.03B"]

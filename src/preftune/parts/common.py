@@ -25,7 +25,7 @@ from preftune.errors import ConfigError
 from preftune.models.adapters import adapter_of
 from preftune.models.attention import install, use_backend
 from preftune.models.backends import choose_backend
-from preftune.models.checkpointing import recompute_activations
+from preftune.models.checkpointing import Recomputed, recompute_activations
 from preftune.models.layers import decoder_layers
 from preftune.models.load import LoadedModel, load, save
 from preftune.models.logprobs import check_packing
@@ -40,7 +40,7 @@ __all__ = ["MAY_DIFFER", "Batching", "Loop", "open_model"]
 
 # Settings that do not change the trajectory: a resumed run may change them.
 MAY_DIFFER = frozenset({"resume", "out", "save_every", "allow_refused", "shard", "offload"})
-CHECKED = 8
+CHECKED, AT_ONCE = 8, 8192
 
 T = TypeVar("T")
 
@@ -58,12 +58,24 @@ class Batching:
     world: World = ALONE
     budget: Budget = field(default_factory=Budget)
     """What memory has been seen to hold, where that is less."""
+    recomputed: Recomputed = "none"
+    """What of a layer is computed again in the backward pass."""
     sharded: bool = False
     """Whether all ranks must compute at once: each keeps a part of the model."""
 
     def share(self, groups: Sequence[TokenGroup]) -> list[TokenGroup]:
         """This rank's part of the groups, in their order; the parts of all ranks cost the same number of fed tokens."""
         return self.world.share(groups, self._cost)
+
+    def parts(self, groups: Sequence[TokenGroup]) -> Iterator[Sequence[TokenGroup]]:
+        """The groups, AT_ONCE at a time: of more than a step's, no more are built and no more are batches at once."""
+        for start in range(0, len(groups), AT_ONCE):
+            yield groups[start : start + AT_ONCE]
+
+    def in_parts(self, groups: Sequence[TokenGroup], work: Callable[[Sequence[PackedBatch]], T]) -> Iterator[T]:
+        """What `work` makes of this rank's share of each of the `parts`."""
+        for some in self.parts(groups):
+            yield self.fit(self.share(some), work)
 
     def _cost(self, group: TokenGroup) -> int:
         if self.packed:
@@ -160,7 +172,14 @@ def open_model(
     pad_id = loaded.tokenizer.pad_token_id
     pad_id = 0 if pad_id is None else pad_id
     return loaded, Batching(
-        tokens, reason is None, pad_id, device, world=run.world, budget=Budget(run.note), sharded=sharded
+        tokens,
+        reason is None,
+        pad_id,
+        device,
+        world=run.world,
+        budget=Budget(run.note),
+        recomputed=what,
+        sharded=sharded,
     )
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from preftune.engine.clock import Clock
-from preftune.engine.parallel import ALONE, World
+from preftune.engine.parallel import World
 from preftune.equations.histogram import histogram
 from preftune.equations.kl import forward_kl
 from preftune.equations.objective import Objective, State, TermValues
@@ -23,7 +23,17 @@ from preftune.equations.stats import mean_interval, quantiles, wilson
 from preftune.errors import NotFinite
 from preftune.tensors import LabelledLogps, ListLogps, PackedBatch, PairIndex, PairLogps, ResponseLogps, TokenGroup
 
-__all__ = ["QUANTILES", "Collected", "PreferenceMeter", "TokenMeter", "speed", "token_weights"]
+__all__ = [
+    "QUANTILES",
+    "Collected",
+    "PreferenceMeter",
+    "TokenMeter",
+    "held",
+    "joined",
+    "speed",
+    "summed",
+    "token_weights",
+]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of what `NAME_quantiles` in metrics.jsonl holds: one list per record, four significant digits."""
@@ -45,6 +55,7 @@ class PreferenceMeter:
         self._terms = [Collected(_UNITS[term.loss.loss.reads]) for term in objective.terms]
         self._pairs, self._labelled, self._drift = Collected("pair"), Collected("label"), Collected("response")
         self._responses = 0
+        self._held = [0, 0]
 
     def add(
         self, groups: Sequence[TokenGroup], logps: ResponseLogps, found: Sequence[TermValues], state: State
@@ -76,17 +87,19 @@ class PreferenceMeter:
         for collected in self._terms:
             collected.refuse_not_finite()
 
-    def join(self, world: World) -> None:
-        """Take in what the other ranks collected: afterwards every rank has the rows of the whole step."""
-        if world.size > 1:
-            sizes = world.gather(self._responses, "the numbers of the step")
-            for collected in (*self._terms, self._pairs, self._labelled, self._drift):
-                collected.join(world, sizes)
-            self._responses = sum(sizes)
+    def join(self, world: World, batches: Sequence[PackedBatch], *, rows: bool = True) -> None:
+        """Take in what the other ranks collected in their `batches`: afterwards every rank has the whole step.
 
-    def metrics(self, clock: Clock, batches: Sequence[PackedBatch], world: World = ALONE) -> dict[str, Any]:
-        """Every number of a training step; `clock` has the seconds of its phases, `batches` what was computed."""
-        return self._numbers() | speed(clock, batches, "pair", len(self._terms[0].owners), world)
+        `rows` False: it has the rows already, and only what the batches held is told.
+        """
+        columns = (*self._terms, self._pairs, self._labelled, self._drift) if rows else ()
+        told = joined(world, columns, [self._responses, *held(batches)], groups=self._responses)
+        responses, *self._held = summed(told)
+        self._responses = responses if rows else self._responses
+
+    def metrics(self, clock: Clock) -> dict[str, Any]:
+        """Every number of a training step that `join` has closed; `clock` has the seconds of its phases."""
+        return self._numbers() | speed(clock, self._held, "pair", len(self._terms[0].owners))
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; loss and margin carry 95 % intervals, over prompts and over pairs."""
@@ -183,7 +196,7 @@ class TokenMeter:
 
     def __init__(self) -> None:
         self._collected = Collected("response")
-        self._batches: list[PackedBatch] = []
+        self._held = [0, 0]
 
     def add(self, batch: PackedBatch, values_C: Tensor) -> None:
         """Take in one micro-batch: negative log-likelihoods of its scored tokens, nats."""
@@ -193,19 +206,22 @@ class TokenMeter:
         weight_R = torch.tensor([g.weight for g in batch.groups for _ in g.responses], device=values_C.device)
         owners = [group.origin for group in batch.groups for _ in group.responses]
         self._collected.add(owners, (sums_R, weight_R, n_R))
-        self._batches.append(batch)
+
+    def extend(self, later: TokenMeter) -> None:
+        """Take in what another meter of this rank collected."""
+        self._collected.extend(later._collected)
 
     def refuse_not_finite(self) -> None:
         """Raise NotFinite, naming the rows, when a loss is NaN or infinite."""
         self._collected.refuse_not_finite()
 
-    def join(self, world: World) -> None:
-        """Take in what the other ranks collected."""
-        self._collected.join(world)
+    def join(self, world: World, batches: Sequence[PackedBatch] = ()) -> None:
+        """Take in what the other ranks collected in their `batches`."""
+        self._held = summed(joined(world, [self._collected], held(batches)))
 
-    def metrics(self, clock: Clock, world: World = ALONE) -> dict[str, Any]:
-        """Every number of a training step; `clock` has the seconds of its phases."""
-        return self._numbers() | speed(clock, self._batches, "response", len(self._collected.owners), world)
+    def metrics(self, clock: Clock) -> dict[str, Any]:
+        """Every number of a training step that `join` has closed; `clock` has the seconds of its phases."""
+        return self._numbers() | speed(clock, self._held, "response", len(self._collected.owners))
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; the loss, a ratio of sums, carries a 95 % interval over responses."""
@@ -238,14 +254,20 @@ class Collected:
         self.owners += owners
         self.rows += len(columns[0])
 
-    def join(self, world: World, sizes: Sequence[int] = ()) -> None:
-        """The rows of all ranks, rank after rank; `sizes`: groups of each, by which `group_of` moves on."""
-        if world.size == 1:
-            return
+    def extend(self, later: Collected) -> None:
+        """Rows that follow these."""
+        self.owners += later.owners
+        self.rows += later.rows
+        self._parts += later._parts
+
+    def told(self) -> list[Any]:
+        """The rows as JSON values: owners, groups, how many columns, numbers."""
         columns = self._parts[0].shape[0] if self._parts else 0
         mine = torch.cat(self._parts, dim=1).cpu() if self._parts else torch.zeros(0, 0)
-        parts = world.gather([self.owners, self.group_of, columns, mine.T.tolist()], "the numbers of the step")
-        starts = [sum(sizes[:rank]) for rank in range(world.size)]
+        return [self.owners, self.group_of, columns, mine.T.tolist()]
+
+    def hear(self, parts: Sequence[Any], starts: Sequence[int]) -> None:
+        """Become the rows that all ranks `told`, rank after rank; by its start a rank's `group_of` moves on."""
         columns = max(count for _, _, count, _ in parts)
         table = torch.tensor([row for part in parts for row in part[3]]).reshape(-1, columns)
         self.owners = [owner for owners, *_ in parts for owner in owners]
@@ -269,14 +291,37 @@ class Collected:
         )
 
 
-def speed(clock: Clock, batches: Sequence[PackedBatch], unit: str, rows: int, world: World = ALONE) -> dict[str, float]:
+def joined(world: World, columns: Sequence[Collected], own: Any, *, groups: int = 0) -> list[Any]:
+    """What every rank gives as its `own`; each of `columns` becomes that of all ranks. One message, whatever it holds.
+
+    `groups`: how many of this rank `group_of` counts.
+    """
+    if world.size == 1:
+        return [own]
+    told = world.gather([own, groups, [column.told() for column in columns]], "the numbers of the step")
+    starts = [sum(count for _, count, _ in told[:rank]) for rank in range(world.size)]
+    for i, column in enumerate(columns):
+        column.hear([parts[i] for _, _, parts in told], starts)
+    return [theirs for theirs, _, _ in told]
+
+
+def held(batches: Sequence[PackedBatch]) -> list[int]:
+    """Tokens in these batches, and places for tokens."""
+    return [sum(b.real_tokens for b in batches), sum(b.input_ids.numel() for b in batches)]
+
+
+def summed(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Column by column."""
+    return list(map(sum, zip(*rows, strict=True)))
+
+
+def speed(clock: Clock, held: Sequence[int], unit: str, rows: int) -> dict[str, float]:
     """Tokens and rows per second, padding, and the shares of the phases, of what was computed in one step.
 
-    `batches` are this rank's and `rows` those of all ranks; seconds and shares are this rank's.
+    `held` and `rows` are those of all ranks; seconds and shares are this rank's.
     """
     seconds, shares = clock.read()
-    mine = [sum(b.real_tokens for b in batches), sum(b.input_ids.numel() for b in batches)]
-    tokens, slots = map(sum, zip(*world.gather(mine, "the numbers of the step"), strict=True))
+    tokens, slots = held
     return {
         "unique_tokens": tokens,
         "padding_fraction": 1 - tokens / slots,

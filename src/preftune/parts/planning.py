@@ -31,6 +31,8 @@ __all__ = [
     "advised",
     "reference_seconds",
     "settings",
+    "shortest",
+    "spoken",
 ]
 
 SHARE_OF_PEAK = (0.25, 0.7)
@@ -146,6 +148,20 @@ def reference_seconds(job: Job, on: Accelerator, pairs: int) -> Range:
     work = forward_flops(job.shape, job.pair) * math.ceil(pairs / job.devices)
     low, high = SHARE_OF_PEAK
     return Range(work / (high * on.tflops * 1e12), work / (low * on.tflops * 1e12))
+
+
+def spoken(seconds: Range, times: float = 1.0) -> str:
+    """`1.3 to 3.7 s`, in the unit that suits the slow end."""
+    unit, name = next(
+        (u for u in ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s")) if seconds.slow * times >= 2 * u[0]),
+        (1e-3, "ms") if seconds.slow * times < 0.1 else (1.0, "s"),
+    )
+    return f"{shortest(seconds.fast * times / unit)} to {shortest(seconds.slow * times / unit)} {name}"
+
+
+def shortest(value: float) -> str:
+    """Two digits, plain."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _sizes(job: Job) -> list[int]:

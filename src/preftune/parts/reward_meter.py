@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from preftune.engine.clock import Clock
-from preftune.engine.parallel import ALONE, World
+from preftune.engine.parallel import World
 from preftune.equations.histogram import histogram
 from preftune.equations.stats import Interval, mean_interval
 from preftune.evaluation.calibration import Calibration, calibrate, wins
-from preftune.parts.meters import Collected, speed
+from preftune.parts.meters import Collected, held, joined, speed, summed
 from preftune.tensors import PackedBatch
 
 __all__ = ["RewardMeter"]
@@ -25,6 +25,7 @@ class RewardMeter:
         self._unit, self._offset = unit, offset
         self._loss, self._pairs = Collected(unit), Collected("pair")
         self._prompts: list[bytes] = []
+        self._held = [0, 0]
 
     def add(self, batch: PackedBatch, rewards_R: Tensor, values: Tensor, weight: Tensor) -> None:
         """Take in a micro-batch: rewards of its responses, values and weights of its pairs or rankings."""
@@ -40,16 +41,22 @@ class RewardMeter:
         """Raise NotFinite, naming the rows, when a loss is NaN or infinite."""
         self._loss.refuse_not_finite()
 
-    def join(self, world: World) -> None:
-        """Take in what the other ranks collected."""
-        self._loss.join(world)
-        self._pairs.join(world)
-        prompts = world.gather([prompt.hex() for prompt in self._prompts], "the numbers of the step")
-        self._prompts = [bytes.fromhex(prompt) for part in prompts for prompt in part]
+    def extend(self, later: RewardMeter) -> None:
+        """Take in what another meter of this rank collected."""
+        self._loss.extend(later._loss)
+        self._pairs.extend(later._pairs)
+        self._prompts += later._prompts
 
-    def metrics(self, clock: Clock, batches: Sequence[PackedBatch], world: World = ALONE) -> dict[str, Any]:
-        """Every number of a training step; `clock` has the seconds of its phases, `batches` what was computed."""
-        return self._numbers() | speed(clock, batches, self._unit, self._loss.rows, world)
+    def join(self, world: World, batches: Sequence[PackedBatch] = ()) -> None:
+        """Take in what the other ranks collected in their `batches`."""
+        own = [held(batches), [prompt.hex() for prompt in self._prompts]]
+        told = joined(world, [self._loss, self._pairs], own)
+        self._held = summed([theirs for theirs, _ in told])
+        self._prompts = [bytes.fromhex(prompt) for _, prompts in told for prompt in prompts]
+
+    def metrics(self, clock: Clock) -> dict[str, Any]:
+        """Every number of a training step that `join` has closed; `clock` has the seconds of its phases."""
+        return self._numbers() | speed(clock, self._held, self._unit, self._loss.rows)
 
     def held_out(self) -> dict[str, Any]:
         """Every number of an evaluation; those with `_low` and `_high` beside them carry 95 % intervals.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def accumulate(
         share.backward()
         clock.lap("backward")
         meter.add(batch.groups, logps, found, state)
-    meter.join(world)
+    meter.join(world, batches)
     return state
 
 
@@ -113,6 +114,7 @@ def _in_two_passes(
     found = objective.evaluate(whole, groups, state)
     objective.share(found, objective.totals(groups)).backward()
     meter.add(groups, whole, found, state)
+    meter.join(world, batches, rows=False)
     clock.lap("forward")
     try:
         _second_pass(score, batches, whole, starts, clock)
@@ -147,17 +149,21 @@ def _second_pass(
 def score_all(score: Scorer, batches: Iterable[PackedBatch]) -> ResponseLogps:
     """Every response of the batches, in order, without gradient."""
     with torch.no_grad():
-        parts = [score(batch) for batch in batches]
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name, _ in _columns(parts[0])}
-    return replace(parts[0], **joined)
+        return _after_another([score(batch) for batch in batches])
 
 
 def score_together(
     score: Scorer, batching: Batching, groups: Sequence[TokenGroup]
 ) -> tuple[ResponseLogps, list[TokenGroup]]:
     """Every response of the groups without gradient, each scored by one rank and known to all; in which order."""
-    groups = list(groups)  # built once: they are told apart by identity
-    return batching.fit(batching.share(groups), lambda batches: _joined(score, batches, groups, batching.world))[:2]
+    found, ordered = [], list[TokenGroup]()
+    for part in batching.parts(groups):
+        some = list(part)  # built once: they are told apart by identity
+        work = partial(_joined, score, groups=some, world=batching.world)
+        logps, own, _ = batching.fit(batching.share(some), work)
+        found.append(logps)
+        ordered += own
+    return _after_another(found), ordered
 
 
 def _joined(
@@ -180,6 +186,12 @@ def _joined(
     starts = {"responses": sum(len(group.responses) for group in before)}
     starts["tokens"] = sum(len(response) for group in before for response in group.responses)
     return ResponseLogps(**joined), [groups[i] for _, order in parts for i in order], starts
+
+
+def _after_another(parts: Sequence[ResponseLogps]) -> ResponseLogps:
+    """The responses of all parts."""
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name, _ in _columns(parts[0])}
+    return replace(parts[0], **joined)
 
 
 def _columns(logps: ResponseLogps) -> Iterator[tuple[str, Tensor]]:

@@ -62,23 +62,23 @@ def train(cfg: DpoConfig) -> RunCard:
             first = plan.groups_of(0, 0)
             certify_start(*score_together(score, batching, first), objective, reference, policy.model.dtype, run)
         live = reference if isinstance(reference, LiveReference) else None
-        if ahead := outlook(cfg, policy, batching, train, reference_in_loop=live is not None):
-            run.note(ahead)
 
         loop = Loop(
             cfg, run, plan, policy, peak_lr=cfg.peak_lr(),
             memory=objective.initial_state(), tensors=live.tensors() if live else {},
         )  # fmt: skip
+        left = loop.total_steps - loop.step
+        outlook(cfg, run, policy, batching, train, steps=left, reference_in_loop=live is not None)
         clock = Clock()
         for step, groups, lr in loop.steps():
             work = partial(one_step, score, loop.memory, groups, clock, run.world)
-            loop.memory, meter, batches = batching.fit(batching.share(groups), work, loop.forget)
+            loop.memory, meter = batching.fit(batching.share(groups), work, loop.forget)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
             if live:
                 live.after_step(step, policy.model)
             clock.lap("optimizer")
-            run.after_step(step, meter.metrics(clock, batches, run.world) | {"grad_norm": grad_norm, "lr": lr})
+            run.after_step(step, meter.metrics(clock) | {"grad_norm": grad_norm, "lr": lr})
             if held_out and loop.due(cfg.eval_every):
                 loop.evaluated(evaluate(score, batching, held_out, loop.memory))
                 clock = Clock()
@@ -96,11 +96,11 @@ def one_step(
     clock: Clock,
     world: World,
     batches: Sequence[PackedBatch],
-) -> tuple[State, PreferenceMeter, Sequence[PackedBatch]]:
+) -> tuple[State, PreferenceMeter]:
     """Add the gradient of these micro-batches, a share of the step of `groups`, to the policy's parameters."""
     meter = PreferenceMeter(score.objective)
     clock.lap("batches")
-    return accumulate(score, batches, state, meter, clock, step=groups, world=world), meter, batches
+    return accumulate(score, batches, state, meter, clock, step=groups, world=world), meter
 
 
 def reference_for(
@@ -122,9 +122,10 @@ def reference_for(
 def evaluate(score: Scorer, batching: Batching, groups: Sequence[TokenGroup], state: State) -> dict[str, Any]:
     """The objective and the rewards on held-out rows, with 95 % intervals; nothing the losses remember is changed."""
     objective = score.objective
-    logps, ordered = score_together(score, batching, groups)
     meter = PreferenceMeter(objective)
-    meter.add(ordered, logps, objective.evaluate(logps, ordered, state), state)
+    for some in [groups] if objective.coupled else batching.parts(groups):
+        logps, ordered = score_together(score, batching, some)
+        meter.add(ordered, logps, objective.evaluate(logps, ordered, state), state)
     return meter.held_out()
 
 

@@ -17,10 +17,12 @@ import torch
 from rich.console import Console
 
 from preftune.config.plan import PlanConfig
+from preftune.data.columns import column
 from preftune.errors import DataError, RunError
 from preftune.models.cost import Shape, Work, flops
 from preftune.models.outline import read_configuration, read_tokenizer
 from preftune.models.tokenizer import tokenizer_sha256
+from preftune.parts.outlook import work_of
 from preftune.parts.planning import (
     ACCELERATORS,
     PER_NODE,
@@ -34,9 +36,10 @@ from preftune.parts.planning import (
     advised,
     reference_seconds,
     settings,
+    shortest,
+    spoken,
 )
 from preftune.parts.reading import examined
-from preftune.tensors import TokenGroup
 
 __all__ = ["Plan", "PlanConfig", "main", "table"]
 
@@ -89,18 +92,15 @@ def _from_data(cfg: PlanConfig) -> tuple[Work, int, int, str]:
     _, prepared = examined(
         str(cfg.data), cfg, tokenizer, tokenizer_sha256(tokenizer), kind="preferences", note=Console().print
     )
-    groups, report = [group for group in prepared.groups if group.pairs], prepared.report
-    if not groups:
+    groups, report = prepared.groups, prepared.report
+    kept = column(groups, "pairs") > 0
+    if not kept.any():
         raise DataError(f"{cfg.data}: no pair is left to plan for; `preftune inspect` says where the rows went")
-    pairs = sum(len(group.pairs) for group in groups)
-    longest = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
-    work = Work.total(map(_work, groups)).times(1 / pairs)
+    pairs = int(column(groups, "pairs").sum())
+    longest = int((column(groups, "prompt") + column(groups, "longest"))[kept].max())
+    work = work_of(groups, kept=kept).times(1 / pairs)
     said = f"{cfg.data}: {pairs} pairs of {report.rows} rows ({report.refused} refused), longest {longest} tokens"
     return work, longest, cfg.rows or pairs, said
-
-
-def _work(group: TokenGroup) -> Work:
-    return Work.of(len(group.prompt), [len(response) for response in group.responses])
 
 
 def _accelerator(cfg: PlanConfig) -> Accelerator:
@@ -137,11 +137,12 @@ def table(plan: Plan) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in plan.settings:
-        epoch = "" if plan.rows is None else _time(one.seconds, plan.rows / plan.job.batch_size)
+        epoch = "" if plan.rows is None else spoken(one.seconds, plan.rows / plan.job.batch_size)
         cells = (
             _YES[one.shard], _CHECKPOINTING[one.activation_checkpointing], str(one.tokens_per_batch),
             f"{one.memory.total / 1e9:.1f}", _YES[one.fits], f"{one.traffic.sent / 1e9:.3g}",
-            _time(one.seconds), f"{_short(one.pairs_per_second.slow)} to {_short(one.pairs_per_second.fast)}", epoch,
+            spoken(one.seconds),
+            f"{shortest(one.pairs_per_second.slow)} to {shortest(one.pairs_per_second.fast)}", epoch,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -161,7 +162,7 @@ def _advice(plan: Plan) -> list[str]:
         replicas = advised([one for one in plan.settings if not one.shard])
         lines.append(f"without --shard: {_named(replicas) if replicas else 'nothing fits'}")
     if plan.reference:
-        once = _time(plan.reference)
+        once = spoken(plan.reference)
         lines.append(f"once, log pi_ref of all pairs (2 N U + 2 H C + A X): {once}; later runs read it")
     return lines
 
@@ -171,20 +172,6 @@ def _named(one: Setting) -> str:
         f"shard {_YES[one.shard]}, activation_checkpointing {_CHECKPOINTING[one.activation_checkpointing]}, "
         f"tokens_per_batch {one.tokens_per_batch}, micro-batches a step {one.micro_batches}"
     )
-
-
-def _time(seconds: Range, times: float = 1.0) -> str:
-    """`1.3 to 3.7 s`, in the unit that suits the slow end."""
-    unit, name = next(
-        (u for u in ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s")) if seconds.slow * times >= 2 * u[0]),
-        (1e-3, "ms") if seconds.slow * times < 0.1 else (1.0, "s"),
-    )
-    return f"{_short(seconds.fast * times / unit)} to {_short(seconds.slow * times / unit)} {name}"
-
-
-def _short(value: float) -> str:
-    """Two digits, plain."""
-    return f"{float(f'{value:.2g}'):g}"
 
 
 def _count(number: float) -> str:

@@ -37,6 +37,7 @@ from preftune.models.reward_head import OFFSET, check_ends, check_rewards, load_
 from preftune.parts.adapting import to_train
 from preftune.parts.common import MAY_DIFFER, Batching, Loop, open_model
 from preftune.parts.ending import opened
+from preftune.parts.outlook import outlook
 from preftune.parts.reading import read_data
 from preftune.parts.reward_meter import RewardMeter
 from preftune.records import RunCard, SampledResponses, from_json
@@ -44,7 +45,6 @@ from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup, total_weigh
 
 __all__ = ["RewardConfig", "main"]
 
-AT_ONCE = 8192
 _LACKS: dict[Offer, str] = {
     "pairs": "compares no two responses: a reward model learns from comparisons",
     "rankings": "states no order of its responses; give ranks or scores, or choose --loss bt",
@@ -58,9 +58,8 @@ def main(cfg: RewardConfig) -> RunCard:
     Raises ConfigError, DataError, ArtifactError for input that is refused, and RunError when the run itself fails.
     """
     with opened(cfg.out, stage="reward", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
-        model, batching = open_model(
-            cfg.model, cfg, run, read=to_train(cfg, cfg.seed, partial(load_reward_model, seed=cfg.seed))
-        )
+        read = to_train(cfg, cfg.seed, partial(load_reward_model, seed=cfg.seed))
+        model, batching = open_model(cfg.model, cfg, run, read=read)
         batching = replace(batching, feed_last=True)
         train, held_out = read_comparisons(cfg, model, run)
         samples = reference_samples(cfg, model, run) if cfg.reference_samples else train
@@ -70,15 +69,16 @@ def main(cfg: RewardConfig) -> RunCard:
 
         plan = StepPlan(train, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
         loop = Loop(cfg, run, plan, model, peak_lr=cfg.lr)
+        outlook(cfg, run, model, batching, train, steps=loop.total_steps - loop.step)
         clock = Clock()
         for step, groups, lr in loop.steps():
             work = partial(one_step, cfg, model.model, groups, clock)
             meter, batches = batching.fit(batching.share(groups), work, loop.forget)
-            meter.join(run.world)
+            meter.join(run.world, batches)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
             clock.lap("optimizer")
-            run.after_step(step, meter.metrics(clock, batches, run.world) | {"grad_norm": grad_norm, "lr": lr})
+            run.after_step(step, meter.metrics(clock) | {"grad_norm": grad_norm, "lr": lr})
             if held_out and loop.due(cfg.eval_every):
                 loop.evaluated(evaluate(cfg, model.model, batching, held_out))
                 clock = Clock()
@@ -136,7 +136,9 @@ def evaluate(
                 meter.add(batch, rewards_R, *losses(cfg, rewards_R, batch))
         return meter
 
-    meter = batching.fit(batching.share(groups), measured)
+    meter = RewardMeter(cfg.unit, offset)
+    for part in batching.in_parts(groups, measured):
+        meter.extend(part)
     meter.join(batching.world)
     return meter.held_out()
 
@@ -149,9 +151,7 @@ def centre(model: Any, batching: Batching, samples: Sequence[TokenGroup]) -> dic
         each = ((batch, [group.weight for group in batch.groups for _ in group.responses]) for batch in batches)
         return [pair for batch, weights in each for pair in zip(reward(model, batch).tolist(), weights, strict=True)]
 
-    found: list[tuple[float, float]] = []
-    for start in range(0, len(samples), AT_ONCE):
-        found += batching.fit(batching.share(samples[start : start + AT_ONCE]), scored)
+    found = [pair for part in batching.in_parts(samples, scored) for pair in part]
     parts = batching.world.gather(found, "the rewards of the reference samples")
     values, weight = np.array([pair for part in parts for pair in part]).T
     offset = float(np.average(values, weights=weight))

@@ -25,6 +25,7 @@ from preftune.parts.adapting import to_train
 from preftune.parts.common import MAY_DIFFER, Batching, Loop, open_model
 from preftune.parts.ending import opened
 from preftune.parts.meters import TokenMeter, token_weights
+from preftune.parts.outlook import outlook
 from preftune.parts.reading import read_data
 from preftune.records import RunCard
 from preftune.tensors import PackedBatch, TokenGroup
@@ -41,14 +42,16 @@ def main(cfg: SftConfig) -> RunCard:
 
         plan = StepPlan(train, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
         loop = Loop(cfg, run, plan, model, peak_lr=cfg.lr)
+        outlook(cfg, run, model, batching, train, steps=loop.total_steps - loop.step)
         clock = Clock()
         for step, groups, lr in loop.steps():
-            meter = batching.fit(batching.share(groups), partial(one_step, model.model, groups, clock), loop.forget)
-            meter.join(run.world)
+            work = partial(one_step, model.model, groups, clock)
+            meter, batches = batching.fit(batching.share(groups), work, loop.forget)
+            meter.join(run.world, batches)
             meter.refuse_not_finite()
             grad_norm = loop.optimizer.step(step, lr)
             clock.lap("optimizer")
-            run.after_step(step, meter.metrics(clock, run.world) | {"grad_norm": grad_norm, "lr": lr})
+            run.after_step(step, meter.metrics(clock) | {"grad_norm": grad_norm, "lr": lr})
             if held_out and loop.due(cfg.eval_every):
                 loop.evaluated(evaluate(model.model, batching, held_out))
                 clock = Clock()
@@ -61,7 +64,7 @@ def main(cfg: SftConfig) -> RunCard:
 
 def one_step(
     model: nn.Module, groups: Sequence[TokenGroup], clock: Clock, batches: Sequence[PackedBatch]
-) -> TokenMeter:
+) -> tuple[TokenMeter, Sequence[PackedBatch]]:
     """Add the gradient of these micro-batches, a share of the step of `groups`, to the model's parameters."""
     meter = TokenMeter()
     step_tokens = sum(group.weight * len(r) for group in groups for r in group.responses)
@@ -73,7 +76,7 @@ def one_step(
         step_loss.backward()
         clock.lap("backward")
         meter.add(batch, values_C)
-    return meter
+    return meter, batches
 
 
 def evaluate(model: nn.Module, batching: Batching, groups: Sequence[TokenGroup]) -> dict[str, Any]:
@@ -86,6 +89,8 @@ def evaluate(model: nn.Module, batching: Batching, groups: Sequence[TokenGroup])
             meter.add(batch, negative_log_likelihood(score(model, batch)))
         return meter
 
-    meter = batching.fit(batching.share(groups), measured)
+    meter = TokenMeter()
+    for part in batching.in_parts(groups, measured):
+        meter.extend(part)
     meter.join(batching.world)
     return meter.held_out()
