@@ -51,6 +51,20 @@ FAULTS = [
         f"{_PLAN} bottom_right",
     ),
     Fault(
+        "varlen: a torch that is not asked about grouped heads is told all the same",
+        _KERNELS,
+        " if asks else {}",
+        "",
+        f"{_PLAN} 2_11",
+    ),
+    Fault(
+        "checkpointing: the output of torch's variable-length kernel is not held",
+        _CHECKPOINTING,
+        '"torch_attn::_varlen_attn",',
+        '"torch_attn::varlen_attn",',
+        "tests/models/test_checkpointing.py -k variable_length",
+    ),
+    Fault(
         "flex: a further response does not see its prompt",
         _ATTENTION,
         "((segment[q] == segment[k]) & (k <= q)) | ((first[q] <= k) & (k < last[q]))",

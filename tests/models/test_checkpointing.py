@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_variable_length_kernel_is_not_run_twice() -> None:
     for what in ("selective", "full"):
         contexts: dict[str, Any] = {}
         if what == "selective":
-            contexts["context_fn"] = partial(create_selective_checkpoint_contexts, checkpointing._HELD)
+            contexts["context_fn"] = partial(create_selective_checkpoint_contexts, checkpointing._policy)
         q, k, v = (torch.empty(1, 2, 60, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
         with _Counting() as counted:
             attend = lambda *x: BACKENDS["varlen"](*x, Layout(plan, "varlen"), 0.3, None, None)  # noqa: E731
@@ -82,6 +83,41 @@ def test_a_variable_length_kernel_is_not_run_twice() -> None:
             out.backward(torch.empty_like(out))
         found.append(counted.calls["_varlen_attn"])
     assert found == [1, 2]
+
+
+def test_what_is_held_are_operations_of_this_torch() -> None:
+    """Every name but flash-attn's, whose package is not needed; a name that torch does not know would hold nothing."""
+    importlib.import_module("torch.nn.attention.varlen")
+    unknown = {name for name in checkpointing._HELD if not torch._C._jit_get_schemas_for_operator(name)}
+    assert unknown == {"flash_attn::_flash_attn_varlen_forward"}
+
+
+def test_the_kernel_of_flash_attn_is_not_run_twice() -> None:
+    """An operation of its name, which is how the package registers it: once with selective, twice with full."""
+    with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
+        library.define("_flash_attn_varlen_forward(Tensor q) -> Tensor")
+        library.impl("_flash_attn_varlen_forward", torch.clone, "CPU")
+        found = []
+        for contexts in ({"context_fn": partial(create_selective_checkpoint_contexts, checkpointing._policy)}, {}):
+            with _Counting() as counted:
+                out = checkpoint(_Flash.apply, torch.ones(3, requires_grad=True), use_reentrant=False, **contexts)
+                out.sum().backward()
+            found.append(counted.calls["_flash_attn_varlen_forward"])
+    assert found == [1, 2]
+
+
+class _Flash(torch.autograd.Function):
+    """As flash-attn does it: the operation knows no gradient, the function around it keeps its output."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor) -> torch.Tensor:
+        out = torch.ops.flash_attn._flash_attn_varlen_forward(q)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * ctx.saved_tensors[0]
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

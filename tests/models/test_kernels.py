@@ -111,6 +111,7 @@ def test_torchs_own_kernel_takes_these_arguments(shape: tuple[int, int, int], wi
         for n in (heads, kv_heads, kv_heads)
     )
     kernels._kernel.cache_clear()
+    kernels._kernel()  # torch's operation exists once it is imported
     with _Told() as told:
         out = BACKENDS["varlen"](q, k, v, Layout(plan, "varlen"), 0.3, window, None)
     assert out.shape == (1, plan.length, heads, size)
@@ -137,9 +138,45 @@ def test_flash_attn_takes_these_arguments(
         return in_words(q, k, v, plan, softmax_scale, None if window_size[0] < 0 else window_size[0] + 1)
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-    monkeypatch.setattr(kernels, "_torch_has_varlen", lambda: False)
+    monkeypatch.setattr(kernels, "_torchs_own", lambda: None)
     monkeypatch.setattr(kernels, "_kernel", kernels._kernel.__wrapped__)
     assert disagreement("varlen", "cpu", torch.float64, shape, window) < 1e-12
+
+
+def of_2_10(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    is_causal: bool = False, return_aux: Any = None,
+) -> Tensor:  # fmt: skip
+    raise AssertionError("it knows neither scale nor window")
+
+
+def of_2_11(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    assert scale is not None and window_size[1] == 0
+    plan = VarlenPlan(cu_seq_q, cu_seq_k, torch.empty(0), max_q, max_k)
+    return in_words(query, key, value, plan, scale, None if window_size[0] < 0 else window_size[0] + 1)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torch_2_11_takes_these_arguments(
+    shape: tuple[int, int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its documented signature, which is not told of grouped heads: 2.12 asks for that, as the installed one does."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_11)
+    monkeypatch.setattr(kernels, "_kernel", kernels._kernel.__wrapped__)
+    assert disagreement("varlen", "cpu", torch.float64, shape, window) < 1e-12
+
+
+def test_the_kernel_of_torch_2_10_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its documented signature has no scale and no window: sdpa, unless there is flash-attn."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_10)
+    assert "needs torch 2.11 or flash-attn" in str(unsuited("varlen", "cuda", torch.bfloat16, None))
+    assert choose_backend(_OnCuda())[0] == "sdpa"
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    assert unsuited("varlen", "cuda", torch.bfloat16, None) is None
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -178,10 +215,10 @@ def test_what_a_kernel_cannot_do_is_known(
     assert found is None if problem is None else problem in str(found)
 
 
-def test_without_torch_2_10_and_flash_attn_there_is_no_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_torch_has_varlen", lambda: False)
-    assert "needs torch 2.10 or flash-attn" in str(unsuited("varlen", "cuda", torch.bfloat16, None))
-    with pytest.raises(ConfigError, match=r"varlen attention needs torch 2\.10 or flash-attn"):
+def test_without_torch_2_11_and_flash_attn_there_is_no_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_torchs_own", lambda: None)
+    assert "needs torch 2.11 or flash-attn" in str(unsuited("varlen", "cuda", torch.bfloat16, None))
+    with pytest.raises(ConfigError, match=r"varlen attention needs torch 2\.11 or flash-attn"):
         kernels._kernel.__wrapped__()
 
 

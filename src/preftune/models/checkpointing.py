@@ -9,12 +9,10 @@ No number changes: what is computed again is computed alike.
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from preftune.errors import ConfigError
 
@@ -22,20 +20,21 @@ __all__ = ["Recomputed", "recompute_activations"]
 
 Recomputed = Literal["none", "selective", "full"]
 
-_aten = torch.ops.aten
-_HELD: list[Any] = [
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-]
-"""Expensive, with outputs of the size of a hidden state. Scores of block attention grow with the square: not held."""
-with contextlib.suppress(ImportError):  # the kernel of packed rows on CUDA
-    import torch.nn.attention.varlen
+_HELD = frozenset({
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+})  # fmt: skip
+"""Expensive, with outputs of the size of a hidden state. Scores of block attention grow with the square: not held.
 
-    _HELD.append(torch.ops.torch_attn._varlen_attn.default)
+By name: the last two, `varlen` of torch and of flash-attn, are operations only once their module is imported. What is
+compiled as a whole, `flex`, shows no operation in here and is computed again.
+"""
 
 
 def recompute_activations(model: Any, what: Recomputed) -> None:
@@ -44,7 +43,7 @@ def recompute_activations(model: Any, what: Recomputed) -> None:
         return
     how: dict[str, Any] = {"use_reentrant": False}
     if what == "selective":
-        how["context_fn"] = partial(create_selective_checkpoint_contexts, _HELD)
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     try:
         model.activation_checkpointing_enable(how)
     except ValueError as error:
@@ -52,3 +51,8 @@ def recompute_activations(model: Any, what: Recomputed) -> None:
             f"activation_checkpointing {what}: {type(model).__name__} has no layers to recompute; set none"
         ) from error
     model.train()  # transformers checkpoints in training mode only; dropout is 0 everywhere
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    held = operation.name() in _HELD
+    return CheckpointPolicy.MUST_SAVE if held else CheckpointPolicy.PREFER_RECOMPUTE

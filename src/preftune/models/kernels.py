@@ -20,6 +20,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -98,25 +99,32 @@ def unsuited(name: str, device: str, dtype: torch.dtype, softcap: float | None) 
         return f"varlen attention computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
     if softcap is not None:
         return "varlen attention knows no softcap"
-    if not _torch_has_varlen() and find_spec("flash_attn") is None:
-        return f"varlen attention needs torch 2.10 or flash-attn; this is torch {torch.__version__}"
+    if _torchs_own() is None and find_spec("flash_attn") is None:
+        return f"varlen attention needs torch 2.11 or flash-attn; this is torch {torch.__version__}"
     return None
 
 
-def _torch_has_varlen() -> bool:
-    return find_spec("torch.nn.attention.varlen") is not None
+def _torchs_own() -> Callable[..., Any] | None:
+    """torch's own variable-length attention; None before 2.11, where it took neither a scale nor a window."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention import varlen
+
+    return varlen.varlen_attn if "window_size" in signature(varlen.varlen_attn).parameters else None
 
 
 @functools.cache
 def _kernel() -> Kernel:
-    """torch's own variable-length attention (2.10 and later), else flash-attn."""
-    if _torch_has_varlen():
-        from torch.nn.attention.varlen import varlen_attn
+    """torch's own variable-length attention (2.11 and later), else flash-attn."""
+    varlen_attn = _torchs_own()
+    if varlen_attn is not None:
+        asks = "enable_gqa" in signature(varlen_attn).parameters  # since 2.12; before, fewer key heads said it all
 
         def of_torch(q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, window: int | None) -> Tensor:
+            groups = {"enable_gqa": q.shape[1] > k.shape[1]} if asks else {}
             out = varlen_attn(
                 q, k, v, plan.q_ends, plan.k_ends, plan.longest_q, plan.longest_k,
-                scale=scale, window_size=(_left(window), 0), enable_gqa=q.shape[1] > k.shape[1],
+                scale=scale, window_size=(_left(window), 0), **groups,
             )  # fmt: skip
             assert isinstance(out, Tensor)  # a pair only when more is asked for
             return out
@@ -125,7 +133,7 @@ def _kernel() -> Kernel:
     try:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ConfigError(f"varlen attention needs torch 2.10 or flash-attn ({error}); choose sdpa") from None
+        raise ConfigError(f"varlen attention needs torch 2.11 or flash-attn ({error}); choose sdpa") from None
 
     def of_flash(q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, window: int | None) -> Tensor:
         out: Tensor = flash_attn_varlen_func(
