@@ -164,3 +164,13 @@ def test_a_page_that_cannot_be_written_is_a_warning(
     assert card(cfg).status == "done" and len(records(cfg)) == 3
     said = " ".join(capsys.readouterr().err.split())
     assert "warning: the report was not written (ZeroDivisionError: a figure of nothing); preftune report " in said
+
+
+def test_never_seen_is_not_never_and_what_is_cut_is_said(cfg: SampleConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """One answer per prompt is never said before, up to what three prompts can tell; cut off, mostly: a warning."""
+    told = sample.main(with_keys(cfg, n=1, max_tokens=1)).results
+    assert told["repeated"]["estimate"] == 0 and told["repeated"]["high"] > 0.3
+    warning = f"{sum(not row.responses[0].finished for row in records(cfg))} of 3 responses were cut off by max_tokens"
+    assert told["cut_off"].startswith(warning) and warning in " ".join(capsys.readouterr().err.split())
+    assert warning in page(cfg).partition("In words")[2]
+    assert "cut_off" not in sample.main(with_keys(cfg, max_tokens=12)).results

@@ -85,9 +85,15 @@ def test_lengths_are_those_of_the_tokens_or_of_words_where_they_are_not_counted(
 
 def test_a_file_of_samples_is_told_in_a_sentence():
     """The model here or behind a server; how many answers to how many prompts."""
+    settings = {"n": 4, "temperature": 0.7, "top_p": 1.0, "max_tokens": 64}
     results = {"responses": 1200, "answered": 300, "prompts": 301}
-    local = RunCard(stage="sample", status="done", results=results, config={"n": 4, "model": "m", "prompts": "p.jsonl"})
-    assert sentence(local) == "4 responses of m to each prompt of p.jsonl: 1,200 responses to 300 of 301 prompts"
-    engine = {"n": 4, "model": None, "engine": "http://h", "engine_model": "m", "prompts": "p"}
+    local = RunCard(
+        stage="sample", status="done", results=results, config={**settings, "model": "m", "prompts": "p.jsonl"}
+    )
+    assert sentence(local) == (
+        "4 responses of m to each prompt of p.jsonl, temperature 0.7, top_p 1.0, at most 64 tokens: "
+        "1,200 responses to 300 of 301 prompts"
+    )
+    engine = {**settings, "model": None, "engine": "http://h", "engine_model": "m", "prompts": "p"}
     served = RunCard(stage="sample", status="failed", config=engine)
-    assert sentence(served) == "4 responses of m at http://h to each prompt of p"
+    assert sentence(served).startswith("4 responses of m at http://h to each prompt of p, temperature")

@@ -196,9 +196,15 @@ def of_texts(measured: Measured) -> dict[str, Interval | None]:
     for column in ("finished", "loop"):
         found[column] = share([float(getattr(row, column)) for row in rows], clusters=prompts)
     texts = texts_of(measured)
-    found["repeated"] = mean_interval([repeated(of_prompt) for of_prompt in texts])
-    found["said_elsewhere"] = mean_interval(said_elsewhere(texts))
+    found["repeated"] = _of_prompts([repeated(of_prompt) for of_prompt in texts])
+    found["said_elsewhere"] = _of_prompts(said_elsewhere(texts))
     return found
+
+
+def _of_prompts(shares: Sequence[float]) -> Interval:
+    """The mean share over prompts; where it is 0 or 1 everywhere that of a count, for never seen is not never."""
+    spread = 0 < sum(shares) < len(shares) or len(shares) == 1
+    return mean_interval(shares) if spread else share(shares)
 
 
 def texts_of(measured: Measured) -> list[list[str]]:

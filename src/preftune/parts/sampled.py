@@ -71,6 +71,12 @@ def looks(found: Iterable[Held], contents: Collection[str]) -> dict[str, Any]:
     if answers:
         measured = measure_texts("", answers)
         told |= {"responses": len(measured.rows), **of_texts(measured)}
+        cut = sum(not row.finished for row in measured.rows)
+        if 2 * cut > len(measured.rows):
+            told["cut_off"] = (
+                f"{cut:,} of {len(measured.rows):,} responses were cut off by max_tokens; unfinished responses are not "
+                "compared by preftune label and not learnt from: a larger max_tokens lets them end"
+            )
     if others:
         told["in_the_same_file"] = f"{others:,} responses of other commands, whose settings the notes name"
     return told

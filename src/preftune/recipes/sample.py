@@ -88,7 +88,7 @@ def main(cfg: SampleConfig) -> RunCard:
             card = replace(card, status=status, times=times, results=results)
             if file:
                 card = keep(out, replace(card, results=jsonable(looks(lines, set(contents)) | results)))
-                if lines and (problem := page(out)):
+                for problem in filter(None, (card.results.get("cut_off"), page(out) if lines else "")):
                     display.warn(problem)
     display.note(f"sample done: {counts['lines']} lines with {counts['responses']} responses added to {out}")
     return card

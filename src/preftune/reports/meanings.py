@@ -56,6 +56,8 @@ MEANINGS: Mapping[str, Meaning] = {
     "chosen_log_ratio": Meaning(label="Log-ratio of chosen", unit="nats", signed=True),
     "rejected_log_ratio": Meaning(label="Log-ratio of rejected", unit="nats", signed=True),
     "implicit_accuracy": Meaning(label="Pairs ranked as labelled", percent=True),
+    "finished": Meaning(label="Finished", meaning="answers that ended by themselves", percent=True),
+    "tokens": Meaning(label="Length", meaning="tokens per answer", unit="tokens"),
     "distinct": Meaning(label="Different runs of three words", meaning="of all in an answer", percent=True),
     "loop": Meaning(label="With a loop", meaning="a piece three times in a row", percent=True),
     "repeated": Meaning(label="Said before", meaning="to the same prompt, word for word", percent=True),
@@ -67,8 +69,6 @@ MEANINGS: Mapping[str, Meaning] = {
     "longest_wins": Meaning(
         label="Longest wins", meaning="accuracy of always preferring the longer response", percent=True
     ),
-    "tokens": Meaning(label="Length", meaning="tokens per answer", unit="tokens"),
-    "finished": Meaning(label="Finished", meaning="answers that ended by themselves", percent=True),
 }
 """Key of a result -> what it means; those known come first, in this order."""
 

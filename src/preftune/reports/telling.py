@@ -31,12 +31,13 @@ __all__ = [
 LONGEST_TEXT = 1200  # characters of an answer on the page; the rest is in the file that is named beside it
 RANDOM, EXTREME = 6, 4
 KINDS, SIDES = 3, 4  # pairs of models, or samplers, whose answers are shown; answers to one prompt side by side
+SAMPLER = "temperature {temperature}, top_p {top_p}, at most {max_tokens} tokens"
 DONE = {
     "sft": "Supervised fine-tuning of {model} on {data}",
     "dpo": "Preferences into a policy: {model} with loss {loss} on {data}",
     "reward": "A reward model from {model}, loss {loss}, on {data}",
     "ppo": "Reinforcement learning against {reward}: {model} with {algorithm} on {prompts}",
-    "sample": "{n} responses of {model} to each prompt of {prompts}",
+    "sample": "{n} responses of {model} to each prompt of {prompts}, " + SAMPLER,
     "label": "{judge} compares the responses of {samples}",
     "evaluate": "{model} against {reference} on {prompts}",
     "quickstart": "The whole loop on generated film reviews: SFT, sampled pairs, DPO, and the answers before and after",
@@ -54,7 +55,7 @@ def sentence(card: RunCard) -> str:
     if card.stage == "dpo" and card.config.get("online") is True:
         told = "Online DPO: {model} with loss {loss}, its own responses to {prompts}"
     elif card.stage == "sample" and "engine" in known:
-        told = "{n} responses of {engine_model} at {engine} to each prompt of {prompts}"
+        told = "{n} responses of {engine_model} at {engine} to each prompt of {prompts}, " + SAMPLER
     try:
         said = told.format_map(known)
     except KeyError:
