@@ -134,6 +134,7 @@ def test_the_sharded_trajectory_is_that_of_one_process(case: str, alone: Path, t
         for name in ("loss", "logp_chosen", "length_chosen", "pairs") if case in ROUNDED else mine:
             assert theirs[name] == pytest.approx(mine[name], rel=10 * tolerance, abs=tolerance, nan_ok=True), name
     residual = [theirs.get("loss", 0) - mine.get("loss", 0) for mine, theirs in zip(one, many, strict=True)]
+    assert max(map(abs, residual)) < tolerance
     assert abs(sum(residual) / len(residual)) < (2e-3 if case in ROUNDED else 1e-5)
 
 

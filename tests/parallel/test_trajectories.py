@@ -83,7 +83,7 @@ def together(request: pytest.FixtureRequest, inputs: dict[str, str], tmp_path_fa
     """Every case by several processes, which compute the reference anew."""
     out = tmp_path_factory.mktemp(f"ranks{request.param}")
     plan = out / "plan.json"
-    cases = CASES if request.param == 2 else ["dpo", "coupled", "ppo"]
+    cases = CASES if request.param == 2 else ["dpo", "coupled", "sft", "reward", "ppo"]
     plan.write_text(json.dumps([*sampled(inputs, out), *(settings(case, inputs, out) for case in cases)]))
     cache = out / "cache"
     found = ends(start([DRIVER, str(plan)], request.param, own={r: {"PREFTUNE_CACHE": str(cache)} for r in range(8)}))
@@ -108,6 +108,7 @@ def test_the_trajectory_is_that_of_one_process(case: str, alone: Path, together:
         for name, value in mine.items() if case not in TOLERANCE else [(name, mine[name]) for name in CONTINUOUS]:
             assert theirs[name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance, nan_ok=True), name
         residual.append(theirs.get("loss", 0) - mine.get("loss", 0))
+    assert max(map(abs, residual)) < tolerance
     if case not in TOLERANCE:
         assert abs(sum(residual) / len(residual)) < 1e-5
 

@@ -45,6 +45,12 @@ class Means:
             self._sums[name] = self._sums[name] + weight * value
             self._weights[name] += weight
 
+    def take(self, later: Means) -> None:
+        """Add what another one has seen."""
+        for name, total in later._sums.items():
+            self._sums[name] = self._sums[name] + total
+            self._weights[name] += later._weights[name]
+
     def means(self, world: World = ALONE) -> dict[str, float]:
         """Over what all ranks have seen."""
         mine = {name: [float(total), self._weights[name]] for name, total in self._sums.items()}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from preftune.models.value_head import token_values
 from preftune.parts.common import Batching
 from preftune.parts.policy_meter import Means
 from preftune.parts.rollouts import Rollout, rows_of
-from preftune.tensors import ResponseLogps, TokenGroup
+from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup
 
 __all__ = ["Learner", "PpoKnobs", "ppo_update", "rloo_update"]
 
@@ -94,29 +95,11 @@ def ppo_update(
     returns, advantages = raw + rollout.values, whiten(raw, mask)
     seen = Means()
     first = (update - 1) * knobs.epochs * knobs.minibatches + 1
+    tables = rollout.logps, advantages, rollout.values, returns
     for step, groups in enumerate(_minibatches(rollout.groups, knobs, seed, update), start=first):
-        batches = list(batching(batching.share(groups)))
         tokens = sum(len(response) for group in groups for response in group.responses)
-        for batch, rows in zip(batches, rows_of(batches, rollout.groups), strict=True):
-            old, advantage, value, target = _tokens(rows, mask, rollout.logps, advantages, rollout.values, returns)
-            logps = score_tokens(policy.model, batch, temperature=rollout.temperature).logps
-            values = token_values(critic.model, batch)
-            policy_loss = clipped_policy_loss(logps, old, advantage, clip=knobs.clip)
-            value_loss = clipped_value_loss(values, value, target, clip=knobs.value_clip)
-            ((policy_loss.sum() + value_loss.sum()) / tokens).backward()
-            ratio = (logps.detach() - old).exp()
-            seen.add(
-                len(old),
-                policy_loss=policy_loss.detach().mean(),
-                value_loss=value_loss.detach().mean(),
-                approx_kl=approx_kl(logps, old),
-                clip_fraction=clip_fraction(logps, old, advantage, clip=knobs.clip),
-                value_clip_fraction=value_clip_fraction(values, value, target, clip=knobs.value_clip),
-                ratio_mean=ratio.mean(),
-                ratio_var=(ratio - 1).square().mean(),  # less (mean - 1)^2, below: however the step is split
-            )
-            if step == first:
-                seen.add(len(old), first_approx_kl=approx_kl(logps, old))
+        work = partial(_ppo_gradient, policy, critic, rollout, tables, knobs, tokens, step == first)
+        seen.take(batching.fit(batching.share(groups), work, partial(_forget, policy, critic)))
         seen.add(1, grad_norm=policy.optimizer.step(step, lr), critic_grad_norm=critic.optimizer.step(step, critic_lr))
     explained = 1 - raw[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12)
     means = seen.means(batching.world)
@@ -127,6 +110,41 @@ def ppo_update(
         "return_var": float(returns[mask].var(correction=0)),
         "explained_variance": float(explained),
     }
+
+
+def _ppo_gradient(
+    policy: Learner,
+    critic: Learner,
+    rollout: Rollout,
+    tables: tuple[Tensor, ...],
+    knobs: PpoKnobs,
+    tokens: int,
+    is_first: bool,
+    batches: Sequence[PackedBatch],
+) -> Means:
+    """Add the gradients of these micro-batches, of a minibatch of so many tokens, to the parameters of both."""
+    seen = Means()
+    for batch, rows in zip(batches, rows_of(batches, rollout.groups), strict=True):
+        old, advantage, value, target = _tokens(rows, rollout.mask, *tables)
+        logps = score_tokens(policy.model, batch, temperature=rollout.temperature).logps
+        values = token_values(critic.model, batch)
+        policy_loss = clipped_policy_loss(logps, old, advantage, clip=knobs.clip)
+        value_loss = clipped_value_loss(values, value, target, clip=knobs.value_clip)
+        ((policy_loss.sum() + value_loss.sum()) / tokens).backward()
+        ratio = (logps.detach() - old).exp()
+        seen.add(
+            len(old),
+            policy_loss=policy_loss.detach().mean(),
+            value_loss=value_loss.detach().mean(),
+            approx_kl=approx_kl(logps, old),
+            clip_fraction=clip_fraction(logps, old, advantage, clip=knobs.clip),
+            value_clip_fraction=value_clip_fraction(values, value, target, clip=knobs.value_clip),
+            ratio_mean=ratio.mean(),
+            ratio_var=(ratio - 1).square().mean(),  # less (mean - 1)^2, later: however the step is split
+        )
+        if is_first:
+            seen.add(len(old), first_approx_kl=approx_kl(logps, old))
+    return seen
 
 
 def rloo_update(
@@ -145,20 +163,32 @@ def rloo_update(
     advantages = torch.cat([
         rloo_advantages(own[None])[0] if len(own) >= 2 else torch.zeros_like(own) for own in returns.split(sizes)
     ])  # fmt: skip
-    batches, seen = list(batching(batching.share(groups))), Means()
     responses = sum(len(group.responses) for group in groups)
-    for batch, rows in zip(batches, rows_of(batches, rollout.groups), strict=True):
-        (old,) = _tokens(rows, rollout.mask, rollout.logps)
-        logps = score_tokens(policy.model, batch, temperature=rollout.temperature).logps
-        loss = policy_gradient_loss(ResponseLogps.from_tokens(logps, batch.lengths).policy, advantages[rows])
-        (loss.sum() / responses).backward()
-        seen.add(len(loss), policy_loss=loss.detach().mean())
-        seen.add(len(old), first_approx_kl=approx_kl(logps, old))
+
+    def gradient(batches: Sequence[PackedBatch]) -> Means:
+        seen = Means()
+        for batch, rows in zip(batches, rows_of(batches, rollout.groups), strict=True):
+            (old,) = _tokens(rows, rollout.mask, rollout.logps)
+            logps = score_tokens(policy.model, batch, temperature=rollout.temperature).logps
+            loss = policy_gradient_loss(ResponseLogps.from_tokens(logps, batch.lengths).policy, advantages[rows])
+            (loss.sum() / responses).backward()
+            seen.add(len(loss), policy_loss=loss.detach().mean())
+            seen.add(len(old), first_approx_kl=approx_kl(logps, old))
+        return seen
+
+    seen = batching.fit(batching.share(groups), gradient, partial(_forget, policy))
     seen.add(1, grad_norm=policy.optimizer.step(update, lr))
     return seen.means(batching.world) | {
         "advantage_std": float(advantages.std(correction=0)),
         "alone": sum(size < 2 for size in sizes),
     }
+
+
+def _forget(*learners: Learner) -> None:
+    """The gradients of an attempt for which there was no memory."""
+    for learner in learners:
+        learner.model.zero_grad()
+        learner.optimizer.zero_grad()
 
 
 def _minibatches(groups: Sequence[TokenGroup], knobs: PpoKnobs, seed: int, update: int) -> Iterator[list[TokenGroup]]:

@@ -204,16 +204,19 @@ def _measured(
     lengths = torch.tensor([len(response) for group in groups for response in group.responses])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     table = torch.zeros(4, *mask.shape, dtype=torch.promote_types(models.policy.dtype, torch.float32))
-    batches = list(batching(batching.share(groups)))
-    for batch, rows in zip(batches, rows_of(batches, groups), strict=True):
-        # Roles are exchanged: `divergence` is the KL of its reference from its policy, here of pi from pi_ref.
-        both = score_tokens(
-            models.reference, batch, reference_model=models.policy, divergence=True, temperature=temperature
-        )
-        assert both.reference is not None and both.divergence is not None
-        values = torch.zeros_like(both.logps) if models.critic is None else token_values(models.critic, batch)
-        found = torch.stack([both.reference, both.logps, both.divergence, values]).to(table)
-        table[:, rows] = table[:, rows].masked_scatter(mask[rows].expand(4, -1, -1), found)
+
+    def measured(batches: Sequence[PackedBatch]) -> None:
+        for batch, rows in zip(batches, rows_of(batches, groups), strict=True):
+            # Roles are exchanged: `divergence` is the KL of its reference from its policy, here of pi from pi_ref.
+            both = score_tokens(
+                models.reference, batch, reference_model=models.policy, divergence=True, temperature=temperature
+            )
+            assert both.reference is not None and both.divergence is not None
+            values = torch.zeros_like(both.logps) if models.critic is None else token_values(models.critic, batch)
+            found = torch.stack([both.reference, both.logps, both.divergence, values]).to(table)
+            table[:, rows] = table[:, rows].masked_scatter(mask[rows].expand(4, -1, -1), found)
+
+    batching.fit(batching.share(groups), measured)
     batching.world.add_up([table], "the log-probs of the rollout")  # a row is one rank's, and 0 on the others
     if not bool(table.isfinite().all()):
         raise NotFinite("a log-prob or a value of the rollout is NaN or infinite; lower the learning rate")

@@ -1,0 +1,109 @@
+"""Claims about reinforcement learning that does not fit in memory: it goes on in smaller micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from preftune.errors import RunError
+from preftune.parts.fitting import Budget
+from preftune.parts.policy_step import PpoKnobs, ppo_update, rloo_update
+from preftune.parts.rollouts import Rollout, roll_out
+from preftune.parts.scoring import open_scorer
+from rl_world import PROMPTS, SCORE, Learners, learners, model_folder, perturbed, sampling, weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("world"))
+
+
+def apart(folder: Path) -> tuple[Learners, list[str]]:
+    """Policy, reference and critic that differ, and what is said of their memory."""
+    it, said = learners(folder), list[str]()
+    perturbed(it.models.policy, 0.05)
+    perturbed(it.critic.model, 0.05, seed=2)
+    return replace(it, batching=replace(it.batching, budget=Budget(said.append))), said
+
+
+def rolled(it: Learners) -> Rollout:
+    return roll_out(it.models, PROMPTS, open_scorer(SCORE), it.batching, sampling(6), seed=0)
+
+
+def updated(it: Learners, rollout: Rollout, algorithm: str) -> torch.Tensor:
+    """The weights of policy and critic after an update; PPO's takes four steps."""
+    if algorithm == "ppo":
+        rates: dict[str, Any] = {"kl_coef": 0.3, "lr": 1e-2, "critic_lr": 1e-2}
+        ppo_update(it.policy, it.critic, rollout, it.batching, PpoKnobs(), **rates, seed=0, update=1)
+    else:
+        rloo_update(it.policy, rollout, it.batching, kl_coef=0.3, lr=1e-2, update=1)
+    return torch.cat([weights(it.policy.model), weights(it.critic.model)])
+
+
+class _Full(torch.autograd.Function):
+    """The identity, whose backward finds no memory above `limit` tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, limit: int) -> torch.Tensor:
+        ctx.limit = limit
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if grads[0].shape[1] > ctx.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return grads[0], None
+
+
+def tight(it: Learners, limit: int, *, backward: bool) -> None:
+    """From now on there is memory for `limit` tokens: in the policy's backward pass, or when it only measures."""
+
+    def layer(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if backward and torch.is_grad_enabled():
+            return _Full.apply(output, limit)
+        if not backward and not torch.is_grad_enabled() and output.shape[1] > limit and output.shape[0] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return output
+
+    it.policy.model.get_input_embeddings().register_forward_hook(layer)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_an_update_that_does_not_fit_is_done_anew(algorithm: str, folder: Path) -> None:
+    """Memory gives out at the end of a backward pass: the weights are those of smaller micro-batches, to the bit."""
+    it, said = apart(folder)
+    rollout = rolled(it)
+    tokens = sum(batch.input_ids.numel() for batch in it.batching(rollout.groups))
+    tight(it, tokens - 1, backward=True)
+    found = updated(it, rollout, algorithm)
+    assert len(said) == 1 and f"out of memory at {tokens} tokens: done anew" in said[0]
+    other, unsaid = apart(folder)
+    expected = updated(
+        replace(other, batching=replace(other.batching, tokens_per_batch=tokens // 2)), rollout, algorithm
+    )
+    assert not unsaid and torch.equal(found, expected)
+
+
+def test_a_rollout_is_measured_in_smaller_parts(folder: Path) -> None:
+    """Log-probs, divergences and values are those of the smaller micro-batches, to the bit."""
+    (it, said), (other, _) = apart(folder), apart(folder)
+    tokens = sum(batch.input_ids.numel() for batch in it.batching(rolled(it).groups))
+    tight(it, tokens - 1, backward=False)
+    found = rolled(it)
+    assert said and "done anew" in said[0]
+    expected = rolled(replace(other, batching=replace(other.batching, tokens_per_batch=tokens // 2)))
+    for name in ("logps", "ref_logps", "divergence", "values"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_a_prompt_that_never_fits_is_named(folder: Path) -> None:
+    """One prompt with its responses is the least; what to set is said."""
+    it, _ = apart(folder)
+    rollout = rolled(it)
+    tight(it, 3, backward=True)
+    with pytest.raises(RunError, match="rollout prompt 1: out of memory with this row alone"):
+        updated(it, rollout, "ppo")
