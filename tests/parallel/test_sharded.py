@@ -16,6 +16,7 @@ import pytest
 import torch
 from rank_stages import noted
 from ranks import ends, rows, start, train_rows
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from preftune.cli import main as cli
@@ -27,17 +28,30 @@ from preftune.parts.common import Loop
 DRIVER = str(Path(__file__).with_name("rank_stages.py"))
 PAIRS = {"batch_size": 7, "max_steps": 3, "max_length": 128, "tokens_per_batch": 256, "device": "cpu", "lr": 1e-4}
 EXACT = {"dtype": "float32", "eval_every": 2}
+LORA = {"lora_rank": 3, "lr": 1e-3}
+OFFLOADED = {"shard": True, "offload": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {**EXACT, "activation_checkpointing": "full", "early_stop": 1}),
-    "coupled": ("dpo", {"loss": "bco_pair", "dtype": "float32"}),
-    "idle_rank": ("dpo", {"batch_size": 1, "dtype": "float32"}),
-    "own_reference": ("dpo", {"reference": "model", "dtype": "float32"}),
+    "coupled": (
+        "dpo",
+        {"loss": "bco_pair", "dtype": "float32", "optimizer": "rmsprop", "activation_checkpointing": "selective"},
+    ),
+    "idle_rank": ("dpo", {"batch_size": 1, "dtype": "float32", "optimizer": "sgd", "lr": 0.1, **OFFLOADED}),
+    "own_reference": ("dpo", {"reference": "model", "dtype": "float32", **OFFLOADED}),
     "bfloat16": ("dpo", {"dtype": "bfloat16"}),
     "lean": ("dpo", {"dtype": "bfloat16", "optimizer": "adamw_lean"}),
-    "sft": ("sft", EXACT),
+    "sft": ("sft", {**EXACT, "activation_checkpointing": "auto"}),
     "reward": ("reward", {**EXACT, "batch_size": 1, "loss": "plackett_luce"}),
+    "moving": ("dpo", {**EXACT, "loss": "tdpo1", "reference_every": 1, "reference_mix": 0.5, "early_stop": 1}),
+    "adapter": ("dpo", {**EXACT, **LORA, "early_stop": 1}),
+    "adapter_moving": ("dpo", {**LORA, "reference_every": 2, "schedule": "constant", "dtype": "bfloat16"}),
+    "dora": ("sft", {**LORA, "dora": True, "dtype": "bfloat16", "activation_checkpointing": "selective"}),
+    "adapter_reward": ("reward", {**EXACT, **LORA, **OFFLOADED}),
 }
-ROUNDED = ("bfloat16", "lean")
+ROUNDED = ("bfloat16", "lean", "adapter_moving", "dora")
+"""Whose single numbers are; there ..."""
+CONTINUOUS = {"loss", "logp_chosen", "length_chosen", "pairs", "tokens"}
+"""... are compared, and not how often a rounded margin is above 0."""
 CHAIN = {"schedule": "constant", "save_every": 1, "dtype": "bfloat16"}
 """Of the run that several numbers of processes do in turn, a step each."""
 STEPS = 4
@@ -62,13 +76,19 @@ def settings(case: str, inputs: dict[str, str], out: Path) -> tuple[str, dict[st
 
 
 def chained(inputs: dict[str, str], out: Path, steps: int, *, resume: bool) -> tuple[str, dict[str, Any]]:
-    """The chain's run until `steps`; resumed, the card says so too: a longer run cut short is the shorter one."""
+    """The chain's run until `steps`."""
+    return until(steps, ("dpo", {**PAIRS, **inputs, **CHAIN, "out": str(out / "chain")}), resume=resume)
+
+
+def until(steps: int, stage: tuple[str, dict[str, Any]], *, resume: bool = False) -> tuple[str, dict[str, Any]]:
+    """That run until `steps`; resumed, the card says so too: a longer run cut short is the shorter one."""
+    name, config = stage
     if resume:
-        path = out / "chain" / "run.json"
+        path = Path(config["out"]) / "run.json"
         card = json.loads(path.read_text())
         card["config"]["max_steps"] = steps
         path.write_text(json.dumps(card))
-    return "dpo", {**PAIRS, **inputs, **CHAIN, "out": str(out / "chain"), "max_steps": steps, "resume": resume}
+    return name, config | {"max_steps": steps, "resume": resume}
 
 
 def here(stage: str, config: dict[str, Any]) -> None:
@@ -107,8 +127,11 @@ def together(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     further = [
         ("sft", {**PAIRS, **inputs, **TOO_FAR, "out": str(out / "too-far")}),
         (stage, config | {"offload": True, "out": str(out / "offloaded")}),
+        until(2, settings("adapter_moving", inputs, out / "continued")),
     ]
-    by(2, [chained(inputs, out, 2, resume=True), *(settings(case, inputs, out) for case in CASES), *further], out)
+    stage, config = chained(inputs, out, 2, resume=True)
+    first = stage, config | {"offload": True}
+    by(2, [first, *(settings(case, inputs, out) for case in CASES), *further], out)
     return out
 
 
@@ -119,7 +142,7 @@ def chain(request: pytest.FixtureRequest, inputs: dict[str, str], together: Path
     shutil.copytree(together / "chain", out / "chain")
     for step, size in enumerate(request.param, start=3):
         stage, config = chained(inputs, out, step, resume=True)
-        here(stage, config | {"shard": True, "offload": True}) if size == 1 else by(size, [(stage, config)], out)
+        here(stage, config | OFFLOADED) if size == 1 else by(size, [(stage, config)], out)
     return out / "chain"
 
 
@@ -131,7 +154,7 @@ def test_the_sharded_trajectory_is_that_of_one_process(case: str, alone: Path, t
     tolerance = 2e-2 if case in ROUNDED else 1e-4
     for mine, theirs in zip(one, many, strict=True):
         assert mine.keys() == theirs.keys()
-        for name in ("loss", "logp_chosen", "length_chosen", "pairs") if case in ROUNDED else mine:
+        for name in mine.keys() & CONTINUOUS if case in ROUNDED else mine:
             assert theirs[name] == pytest.approx(mine[name], rel=10 * tolerance, abs=tolerance, nan_ok=True), name
     residual = [theirs.get("loss", 0) - mine.get("loss", 0) for mine, theirs in zip(one, many, strict=True)]
     assert max(map(abs, residual)) < tolerance
@@ -146,6 +169,33 @@ def test_the_gathered_model_is_that_of_one_process(case: str, alone: Path, toget
     assert far(one, many) < (3e-4 if case in ROUNDED else 3e-6)
 
 
+def test_the_adapter_folder_is_that_of_one_process(alone: Path, together: Path) -> None:
+    """Settings to the byte, metadata and names of tensors; a reward model is merged as ever."""
+    for case in ("adapter", "adapter_moving", "dora"):
+        one, many = (folder / case / "model" for folder in (alone, together))
+        config = "adapter_config.json"
+        assert (one / config).read_bytes() == (many / config).read_bytes()
+        first, second = (safe_open(folder / "adapter_model.safetensors", framework="pt") for folder in (one, many))
+        assert first.metadata() == second.metadata() and sorted(first.keys()) == sorted(second.keys())
+    merged = load_file(together / "adapter_reward" / "model" / "model.safetensors")
+    assert "score.weight" in merged and not any("lora" in name for name in merged)
+
+
+def test_an_adapter_and_its_moving_reference_are_continued_by_one_process(
+    inputs: dict[str, str], alone: Path, together: Path
+) -> None:
+    """Two steps by two, the reference moved after the second; a third by one, which reads the parts of both."""
+    out = together / "continued"
+    saved = Checkpoints(out / "adapter_moving" / "checkpoints").latest(pytest.fail)
+    moved = {name: t for name, t in saved.tensors.items() if name.startswith("reference.")} if saved else {}
+    assert len(moved) == 2 * 2 * 7 and {t.dtype for t in moved.values()} == {torch.bfloat16}
+    assert all(torch.equal(t, saved.tensors[name.replace("reference.", "weights/")]) for name, t in moved.items())
+    here(*until(3, settings("adapter_moving", inputs, out), resume=True))
+    one, many = (train_rows(folder / "adapter_moving") for folder in (alone, out))
+    assert [row["loss"] for row in many] == pytest.approx([row["loss"] for row in one], abs=2e-2) and len(one) == 3
+    assert far(*(folder / "adapter_moving" / "model" for folder in (alone, out))) < 3e-4
+
+
 def test_each_rank_holds_its_share(alone: Path, together: Path) -> None:
     """Of weights, masters and moments every rank holds half, and together they hold what one process holds."""
     (whole,) = held(alone / "dpo")
@@ -155,6 +205,9 @@ def test_each_rank_holds_its_share(alone: Path, together: Path) -> None:
     assert two == pytest.approx(one * (16 / 14) / 2, rel=0.01), "bf16 values are kept in float32: 16 bytes, not 14"
     one, two = held(alone / "lean")[0], held(together / "lean")[0]
     assert two == pytest.approx(one * (8 / 6) / 2, rel=0.02)
+    trained = sum(t.numel() for t in load_file(alone / "dora" / "model" / "adapter_model.safetensors").values())
+    one, two = held(alone / "dora")[0], sum(held(together / "dora"))
+    assert two == pytest.approx(one + 2 * trained, rel=2e-3), "what is frozen stays in bfloat16"
 
 
 def test_the_best_weights_are_gathered_anew_when_they_are_put_back(together: Path) -> None:
@@ -228,12 +281,9 @@ def test_no_pickle_is_written(together: Path) -> None:
     ("stage", "told"),
     [
         ("ppo --reward rule:length --prompts p", "every process for each token"),
-        ("dpo --data d --lora_rank 4", "training all weights"),
+        ("dpo --data d --lora_rank 4 --quantize nf4", "scaled in blocks"),
         ("dpo --data d --optimizer adamw8bit", "scales its moments in blocks"),
-        ("dpo --data d --reference_every 2", "a second model"),
-        ("dpo --online --prompts p --judge rule:length", "a whole policy"),
         ("ppo --reward rule:length --prompts p --offload", "every process for each token"),
-        ("dpo --data d --lora_rank 4 --offload", "training all weights"),
     ],
 )
 def test_what_cannot_be_sharded_says_why(stage: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +301,7 @@ def test_offload_without_shard_is_refused(stage: str, capsys: pytest.CaptureFixt
 
 def far(one: Path, many: Path) -> float:
     """Root mean square of the differences of two models' weights."""
-    first, second = (load_file(folder / "model.safetensors") for folder in (one, many))
+    first, second = (load_file(next(folder.glob("*model.safetensors"))) for folder in (one, many))
     assert {name: t.dtype for name, t in first.items()} == {name: t.dtype for name, t in second.items()}
     apart = torch.cat([(first[name].float() - second[name].float()).flatten() for name in first])
     return float(apart.square().mean().sqrt())

@@ -83,7 +83,7 @@ def stages(inputs: dict[str, str], out: Path) -> list[Any]:
     online = {
         **SMALL, "online": True, "model": inputs["world"], "prompts": inputs["letters.jsonl"], "max_length": 12,
         "out": str(out / "online"), "judge": f"reward:{inputs['of_letters']}", "labels": "bradley_terry", "rounds": 2,
-        "n": 4, "max_tokens": 6, "lr": 1e-4, "dtype": "float32",
+        "n": 4, "max_tokens": 6, "lr": 1e-4, "dtype": "float32", "shard": True,
     }  # fmt: skip
     return [["label", label], ["evaluate", evaluate], ["dpo", online]]
 
@@ -150,6 +150,8 @@ def test_online_rounds_are_those_of_one_process(alone: Path, together: Path) -> 
     both = [load_file(out / "online" / "model" / "model.safetensors") for out in (alone, together)]
     far = torch.cat([(both[0][name].float() - both[1][name].float()).flatten() for name in both[0]])
     assert float(far.square().mean().sqrt()) < 3e-6
+    learnt = together / "online" / "round-2" / "dpo" / "checkpoints" / "step-1"
+    assert len(list(learnt.glob("tensors-*-of-*.safetensors"))) in (2, 4), "each round is trained in parts"
 
 
 def test_no_piece_of_work_is_done_twice(alone: Path, together: Path) -> None:

@@ -250,13 +250,13 @@ class Machine(Settings):
 
     @check(mode="after")
     def _shards_fit(self, info: ValidationInfo) -> Self:
-        rank: int = getattr(self, "lora_rank", 0)
         if self.offload and not self.shard:
             raise refusal(
                 info, "offload", "offload is for the parts of sharded weights: set shard too, or leave it out"
             )
-        if self.shard and rank:
-            raise refusal(info, "shard", "shard is for training all weights; of an adapter leave it out")
+        if self.shard and getattr(self, "quantize", "none") != "none":
+            text = "4-bit weights are scaled in blocks, which other parts would cut; with shard leave quantize out"
+            raise refusal(info, "shard", text)
         if self.shard and getattr(self, "optimizer", "") == "adamw8bit":
             text = "adamw8bit scales its moments in blocks, which other parts would cut; with shard choose adamw"
             raise refusal(info, "shard", text)

@@ -91,20 +91,11 @@ class DpoConfig(Online, Objective, Pairing, TrainingConfig):
         return self
 
     @check(mode="after")
-    def _reference_is_not_sharded(self, info: ValidationInfo) -> Self:
-        whole = any("divergence" in LOSS_FACTS[term.loss].needs for term in self.terms())
-        if self.shard and (whole or self.reference_moves()):
-            text = "a reference that moves, or whose distributions are read, is a second model: not with shard"
-            raise refusal(info, "shard", text)
-        return self
-
-    @check(mode="after")
     def _rounds_fit(self, info: ValidationInfo) -> Self:
         if not self.online:
             return self
         used = [LOSS_FACTS[term.loss] for term in self.terms()]
         refused = {
-            "shard": (self.shard, "online rounds draw from a whole policy in each process; leave shard out"),
             "data": (self.data != self.prompts, "online reads prompts instead of data; leave data out"),
             "format": (self.format != "auto", "online recognises the layout of its prompts; leave format out"),
             "loss": (

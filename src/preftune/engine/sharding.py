@@ -8,7 +8,8 @@ rows of the sum; so masters and moments are rows too. Rank r of n has the rows [
 is a n-th of them, rounded up: one contiguous range, for which `Rows` stands.
 
 Where the model computes in bfloat16, a trained part is kept in float32 that holds bfloat16 values: FSDP2 gives a
-gradient the dtype of what it keeps, and sums of gradients need float32. What is gathered is bfloat16.
+gradient the dtype of what it keeps, and sums of gradients need float32. What is gathered is bfloat16. A frozen part,
+below an adapter or of a reference, stays in bfloat16, and nothing is summed for it.
 
 With `offload` the parts lie in the computer's memory, whatever computes: they are copied to the device before a layer
 is gathered, their gradients back after its backward. The optimizer works where the parts are, and so steps there.
@@ -98,17 +99,18 @@ def own_part(parameter: Any) -> tuple[Tensor, Rows | None]:
 
 
 @torch.no_grad()
-def gathered(model: Any, world: World) -> dict[str, Tensor]:
+def gathered(model: Any, world: World, *, trained: bool = False) -> dict[str, Tensor]:
     """The whole state of a sharded model on the CPU, in the dtype it computes in, for rank 0; the others get nothing.
 
-    One weight after the other is gathered, and those that share memory (a tied head) share it in the result. Every
-    rank calls this.
+    One weight after the other is gathered, and those that share memory (a tied head) share it in the result; with
+    `trained` only what is not frozen. Every rank calls this.
     """
-    parts = {name: parameter for name, parameter in weights_of(model)}
+    parts = {name: parameter for name, parameter in weights_of(model) if parameter.requires_grad or not trained}
     once = {id(parameter): name for name, parameter in parts.items()}
-    shared = {name: once[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    shared = {name: once[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in once}
+    state = {name: held for name, held in model.state_dict().items() if name in shared or not trained}
     found: dict[str, Tensor] = {}
-    for name, held in model.state_dict().items():
+    for name, held in state.items():
         if shared.get(name, name) != name:
             continue
         if name in parts:
@@ -116,7 +118,7 @@ def gathered(model: Any, world: World) -> dict[str, Tensor]:
             held = part.to(part.device_mesh.device_type, model.dtype).full_tensor()
         if world.rank == 0:
             found[name] = held.cpu()
-    return {name: found[shared.get(name, name)] for name in model.state_dict()} if world.rank == 0 else {}
+    return {name: found[shared.get(name, name)] for name in state} if world.rank == 0 else {}
 
 
 def _call(work: Callable[[], Any]) -> Any:

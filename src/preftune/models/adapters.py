@@ -190,10 +190,11 @@ def copy_beside(model: nn.Module) -> Any:
     return deepcopy(model, {id(p): p for p in shared})
 
 
-def merged_state(model: Any) -> dict[str, Tensor]:
+def merged_state(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The state of the plain model with the same function: every change added to its weight in float32, then rounded.
 
-    Raises ConfigError when the frozen weights are quantised.
+    `state` replaces what the model itself holds, where that is parts. Raises ConfigError when the frozen weights are
+    quantised.
     """
     adapter = adapter_of(model)
     assert adapter is not None
@@ -203,13 +204,16 @@ def merged_state(model: Any) -> dict[str, Tensor]:
             "round it away or change the model: write the dequantised base to a folder (transformers: "
             "model.dequantize().save_pretrained), name it in adapter_config.json, then merge"
         )
+    state = model.state_dict() if state is None else state
     changed: dict[str, Tensor] = {}
     for name, layer in _adapted_layers(model):
         dtype = layer.get_base_layer().weight.dtype
-        alone = deepcopy(layer).requires_grad_(False).to(torch.promote_types(dtype, torch.float32))
+        wide = torch.promote_types(dtype, torch.float32)
+        whole = {id(p): state[f"{name}.{key}"].to(wide, copy=True) for key, p in layer.named_parameters()}
+        alone = deepcopy(layer, {key: nn.Parameter(weight, requires_grad=False) for key, weight in whole.items()})
         alone.merge()
         changed |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in alone.get_base_layer().state_dict().items()}
-    plain = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
+    plain = {name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name}
     return {**plain, **changed}
 
 
@@ -247,8 +251,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return SavedAdapter(folder, Adapter(base, settings), tensors)
 
 
-def write_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter of `model` into `folder`, which need not be there."""
+def write_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter of `model` into `folder`, which need not be there; `state` as in `merged_state`."""
     adapter = adapter_of(model)
     assert adapter is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +267,7 @@ def write_adapter(model: Any, folder: Path) -> None:
     (folder / ADAPTER).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     base = adapter.base
     facts = {"base_weights_sha256": base.weights_sha256, "base_dtype": base.dtype, "base_quantize": base.quantize}
-    save_file(_tensors(model), folder / TENSORS, metadata={"format": "pt", **facts})
+    save_file(_tensors(model, state), folder / TENSORS, metadata={"format": "pt", **facts})
 
 
 def _inject(model: Any, adapter: Adapter) -> None:
@@ -306,8 +310,9 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {_in_file(name): p.detach().cpu().contiguous() for name, p in _parameters(model)}
+def _tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    own = dict(_parameters(model))
+    return {_in_file(name): (state or own)[name].detach().cpu().contiguous() for name in own}
 
 
 def _in_file(name: str) -> str:

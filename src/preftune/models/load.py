@@ -37,7 +37,7 @@ from preftune.models.folder import find, is_adapter, locate
 from preftune.models.quantize import loading_options
 from preftune.models.tokenizer import load_tokenizer, tokenizer_sha256
 
-__all__ = ["LoadedModel", "active_dropouts", "load", "quiet", "save", "weights_sha256"]
+__all__ = ["LoadedModel", "active_dropouts", "load", "quiet", "save", "saved_as_adapter", "weights_sha256"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -156,20 +156,19 @@ def save(
 
     A language model with an adapter becomes an adapter folder, or a plain one with `merge`; a classifier with one is
     always merged, because its head and its configuration have no place in an adapter folder.
-    `state` replaces weights by name (float32 masters for bf16 weights; a tied weight once), and the configuration's
-    dtype follows. Everything is written and fsynced beside `folder` and then renamed; a folder already there is
-    replaced. Raises RunError when it cannot be written; what was there before is then still there.
+    `state` replaces weights by name (float32 masters for bf16 weights; a tied weight once), of a sharded model all that
+    are written, and the configuration's dtype follows. Everything is written and fsynced beside `folder` and then
+    renamed; a folder already there is replaced. Raises RunError when it cannot be written; what was there before is
+    then still there.
     """
     folder = Path(folder)
     temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if adapter_of(model) and not merge and model.get_output_embeddings() is not None:
-            write_adapter(model, temporary)
+        if saved_as_adapter(model) and not merge:
+            write_adapter(model, temporary, state)
         else:
-            own = merged_state(model) if adapter_of(model) else model.state_dict()
-            given = dict(state or {})
-            weights = given if given.keys() == own.keys() else _replaced(own, given)  # a sharded model's own are parts
+            weights = merged_state(model, state) if adapter_of(model) else _replaced(model.state_dict(), state or {})
             with quiet():  # save_pretrained empties what it gets
                 model.save_pretrained(temporary, state_dict=dict(weights), max_shard_size="5GB")
             _write_dtype(temporary / "config.json", weights)
@@ -188,6 +187,11 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def saved_as_adapter(model: Any) -> bool:
+    """Does `save` write an adapter folder for this model, without its frozen weights?"""
+    return adapter_of(model) is not None and model.get_output_embeddings() is not None
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -258,6 +262,8 @@ def _refuse_foreign_tokenizer(folder: Path, tokenizer: Any, model: Any) -> None:
 
 def _replaced(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state with replacements; names that share memory (tied weights) are replaced together."""
+    if state.keys() == own.keys():  # a sharded model's own are parts
+        return dict(state)
     unknown = sorted(set(state) - set(own)) or [n for n, t in state.items() if t.shape != own[n].shape]
     if unknown:
         raise ValueError(f"{unknown[0]} is no weight of this model, or of another shape")

@@ -84,7 +84,7 @@ def score_tokens(
         reference = reference_C = None
         if reference_model is not None:
             with torch.no_grad():
-                reference = _head_inputs(reference_model, batch, temperature)
+                reference = computed(reference_model, lambda: _head_inputs(reference_model, batch, temperature))
                 reference_C = reference.logps(batch.targets)
         return TokenScores(
             policy.logps(batch.targets),

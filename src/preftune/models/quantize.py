@@ -27,7 +27,8 @@ def loading_options(quantize: str, dtype: torch.dtype, device: torch.device | st
     device = torch.device(device)
     if device.type != "cuda":
         raise ConfigError(
-            f"quantize {quantize} needs a CUDA device, found {device.type}; train without it: --quantize none"
+            f"quantize {quantize} needs a CUDA device, found {device.type} (which a model to be sharded is read on); "
+            "train without it: --quantize none"
         )
     require_bitsandbytes(f"quantize {quantize}")
     config = BitsAndBytesConfig(

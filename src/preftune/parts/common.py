@@ -20,14 +20,13 @@ from preftune.engine.optim import Optimizer
 from preftune.engine.parallel import ALONE, World
 from preftune.engine.run import Run
 from preftune.engine.schedule import learning_rate
-from preftune.engine.sharding import gathered, shard
+from preftune.engine.sharding import Rows, gathered, own_part, shard
 from preftune.errors import ConfigError
-from preftune.models.adapters import adapter_of
 from preftune.models.attention import install, use_backend
 from preftune.models.backends import choose_backend
 from preftune.models.checkpointing import Recomputed, recompute_activations
 from preftune.models.layers import decoder_layers
-from preftune.models.load import LoadedModel, load, save
+from preftune.models.load import LoadedModel, load, save, saved_as_adapter
 from preftune.models.logprobs import check_packing
 from preftune.parts.ending import finish
 from preftune.parts.fitting import Budget, attempt, attempt_in_step
@@ -155,8 +154,8 @@ def open_model(
         what, tokens = recomputation(cfg, loaded.model, device, run, packed=reason is None, role=role)
     recompute_activations(loaded.model, what)
     if sharded:
-        if adapter_of(loaded.model):
-            raise ConfigError(f"shard is for training all weights; {name} is an adapter: leave shard out, or merge it")
+        if role != "model":
+            loaded.model.requires_grad_(False)  # nothing is learned by it, and a frozen part is half as large
         shard(loaded.model, decoder_layers(loaded.model), run.world, device, offload=cfg.offload)
         where = " in the computer's memory" if cfg.offload else ""
         run.note(f"each of {run.world.size} processes keeps a part of the weights of {name}{where}")
@@ -188,8 +187,8 @@ class Loop:
 
     The data order is a function of (seed, epoch) and the position in the epoch; both follow from one step count, so a
     checkpoint is that count, the optimizer's tensors, the random number states, the counters of early stopping, and
-    whatever else the recipe hands over: `memory`, plain numbers that it replaces, `tensors`, which change in place, and
-    `further` optimizers, of models that learn beside this one.
+    whatever else the recipe hands over: `memory`, plain numbers that it replaces, `tensors`, which change in place and
+    may be sharded, and `further` optimizers, of models that learn beside this one.
     """
 
     def __init__(
@@ -201,7 +200,7 @@ class Loop:
         *,
         peak_lr: float,
         memory: Mapping[str, Any] = MappingProxyType({}),
-        tensors: Mapping[str, Tensor] = MappingProxyType({}),
+        tensors: Callable[[], Mapping[str, Tensor]] = dict,
         further: Mapping[str, Optimizer] = MappingProxyType({}),
     ) -> None:
         self.cfg, self.run, self.plan, self.model, self.peak_lr = cfg, run, plan, model, peak_lr
@@ -222,7 +221,8 @@ class Loop:
         self._checkpoints = Checkpoints(run.folder / "checkpoints", world=savers)
         self._best = Checkpoints(run.folder / "best", keep=1, world=savers)
         size = sum(o.checkpoint_bytes for o in (self.optimizer, *further.values()))
-        size = sum(savers.gather(size, "the checkpoints")) + sum(tensor.nbytes for tensor in self._tensors.values())
+        size += sum(tensor.nbytes for tensor in self._beside()[0].values())
+        size = sum(savers.gather(size, "the checkpoints"))
         self._checkpoints.check_space((self._checkpoints.keep + 1) * size)
         if cfg.resume:
             self._restore(self._checkpoints)
@@ -287,11 +287,13 @@ class Loop:
             self.run.evaluated(self.step, numbers)
         told = {name: number for name, number in numbers.items() if not isinstance(number, list)}  # no quantiles
         self.run.record(results={"steps": self.step, **told})
-        state = gathered(self.model.model, self.run.world) if self.optimizer.rows() else None
+        model, state = self.model.model, None
+        if self.optimizer.rows():
+            state = gathered(model, self.run.world, trained=saved_as_adapter(model))
         if self.run.world.rank:
             return self.run.finish({})
         card = model_card(self.run.card, base_model=self.cfg.model, method=method)
-        save(self.model.model, self.model.tokenizer, self.run.folder / "model", state=state, card=card)
+        save(model, self.model.tokenizer, self.run.folder / "model", state=state, card=card)
         return finish(self.run, {})
 
     @property
@@ -304,18 +306,25 @@ class Loop:
             prints = [optimizer.fingerprint() for optimizer in (self.optimizer, *self._further.values())]
             self.run.world.same(prints, f"hash of the weights after step {self.step}")
 
+    def _beside(self) -> tuple[dict[str, Tensor], dict[str, Rows]]:
+        """What of the recipe's tensors is on this rank, sharing their memory, and which rows, the optimizer's too."""
+        parts = {name: own_part(tensor) for name, tensor in self._tensors().items()}
+        rows = {name: rows for name, (_, rows) in parts.items() if rows}
+        return {name: part for name, (part, _) in parts.items()}, self.optimizer.rows() | rows
+
     def _save(self, where: Checkpoints) -> None:
         """Rank 0 writes what is the same on all ranks, and they make sure of that; each writes its part of a model."""
         self._agree()
-        rows = self.optimizer.rows()
+        beside, rows = self._beside()
         if self.run.world.rank and not rows:
             return
         state = {"step": self.step, "rng": rng_state(), "patience": self._patience, "memory": dict(self.memory)}
         further = {f"{name}/{key}": t for name, other in self._further.items() for key, t in other.tensors().items()}
-        where.save(self.step, {**self.optimizer.tensors(), **self._tensors, **further}, state, rows)
+        where.save(self.step, {**self.optimizer.tensors(), **beside, **further}, state, rows)
 
     def _restore(self, where: Checkpoints) -> None:
-        checkpoint = where.latest(self.run.note, self.optimizer.rows())
+        beside, rows = self._beside()
+        checkpoint = where.latest(self.run.note, rows)
         self.run.world.same(checkpoint and checkpoint.step, "step of the newest whole checkpoint")
         if checkpoint is None:
             return
@@ -323,8 +332,8 @@ class Loop:
         for name, other in self._further.items():
             theirs = [key for key in own if key.startswith(f"{name}/")]
             other.load({key.removeprefix(f"{name}/"): own.pop(key) for key in theirs})
-        self.optimizer.load({name: t for name, t in own.items() if name not in self._tensors})
-        for name, tensor in self._tensors.items():
+        self.optimizer.load({name: t for name, t in own.items() if name not in beside})
+        for name, tensor in beside.items():
             tensor.copy_(checkpoint.tensors[name])
         set_rng_state(checkpoint.state["rng"])
         self.step, self._patience = checkpoint.state["step"], checkpoint.state["patience"]

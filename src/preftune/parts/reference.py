@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from preftune.config.stages import DpoConfig
 from preftune.engine.reference_cache import ReferenceCache
 from preftune.engine.run import Run
+from preftune.engine.sharding import own_part, weights_of
 from preftune.equations.objective import Objective
 from preftune.errors import ArtifactError, ConfigError, ReferenceMismatch
 from preftune.models.adapters import adapter_of, copy_beside
-from preftune.models.load import LoadedModel
+from preftune.models.load import LoadedModel, load
 from preftune.models.logprobs import score
+from preftune.parts.adapting import to_train
 from preftune.parts.common import Batching, open_model
 from preftune.parts.fitting import attempt
 from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup
@@ -97,10 +99,15 @@ class LiveReference:
     """(every so many steps, by this share of the policy)."""
 
     @classmethod
-    def of(cls, cfg: DpoConfig, policy: LoadedModel, run: Run) -> LiveReference:
-        """A frozen copy of the policy as it starts, or the model of `--reference`."""
-        loaded = open_model(cfg.reference, cfg, run, role="reference")[0] if cfg.reference else policy
-        model = loaded.model if cfg.reference else copy_beside(policy.model)
+    def of(cls, cfg: DpoConfig, policy: LoadedModel, batching: Batching, run: Run) -> LiveReference:
+        """A frozen copy of the policy as it starts, or the model of `--reference`.
+
+        Parts are not copied: beside a sharded policy the model it starts from is read once more.
+        """
+        name = cfg.reference or (cfg.model if batching.sharded else None)
+        read = load if cfg.reference else to_train(cfg, cfg.seed)
+        loaded = open_model(name, cfg, run, role="reference", read=read)[0] if name else policy
+        model = loaded.model if name else copy_beside(policy.model)
         _refuse_other_vocabulary(cfg, loaded, policy)
         moves = cfg.reference_moves()
         if moves and (moves[1] != 1 or cfg.reference) and (adapter_of(model) or adapter_of(policy.model)):
@@ -119,19 +126,23 @@ class LiveReference:
         if self.moves is None or step % self.moves[0]:
             return
         mix = self.moves[1]
-        for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
+        for (_, mine), (_, theirs) in zip(weights_of(self.model), weights_of(policy), strict=True):
             if mine is theirs:  # frozen below an adapter, and shared
                 continue
-            mine.copy_(theirs if mix == 1 else torch.lerp(mine.float(), theirs.float(), mix))
+            (old, _), (new, _) = own_part(mine), own_part(theirs)
+            old.copy_(new if mix == 1 else torch.lerp(old.float(), new.float(), mix))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights that a checkpoint must hold: none while the reference stands where it started."""
+        """The weights that a checkpoint must hold: none while the reference stands where it started.
+
+        Called, it lets go of what has been gathered of them, so what is written into their parts counts.
+        """
         if self.moves is None:
             return {}
-        moving = self.model.named_parameters()
+        moving = weights_of(self.model)
         if adapter_of(self.model):
             moving = ((name, parameter) for name, parameter in moving if ".lora_" in name)
-        return {f"reference.{name}": parameter.data for name, parameter in moving}
+        return {f"reference.{name}": parameter for name, parameter in moving}
 
 
 def certify_start(

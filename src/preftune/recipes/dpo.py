@@ -65,7 +65,7 @@ def train(cfg: DpoConfig) -> RunCard:
 
         loop = Loop(
             cfg, run, plan, policy, peak_lr=cfg.peak_lr(),
-            memory=objective.initial_state(), tensors=live.tensors() if live else {},
+            memory=objective.initial_state(), tensors=live.tensors if live else dict,
         )  # fmt: skip
         left = loop.total_steps - loop.step
         outlook(cfg, run, policy, batching, train, steps=left, reference_in_loop=live is not None)
@@ -115,7 +115,7 @@ def reference_for(
     if "reference" not in objective.needs:
         return None
     if "divergence" in objective.needs or cfg.reference_moves():
-        return LiveReference.of(cfg, policy, run)
+        return LiveReference.of(cfg, policy, batching, run)
     return Reference.of(cfg, policy, batching, groups, run)
 
 

@@ -52,13 +52,15 @@ def run_rounds(cfg: DpoConfig, train: Train) -> RunCard:
 
     Raises as `train` does, and DataError when the first round has no pair to learn from.
     """
+    # What a process draws from, measures or saves it holds whole: drawing in parts, all would wait at every token.
+    whole = cfg.model_copy(update={"shard": False, "offload": False})
     with opened(cfg.out, stage="dpo", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
         prompts = read_prompts(cfg, run)
         run.note(_described(cfg))
         run.rewind(_rounds_seen(run.folder))
         policy, course, kept = cfg.model, list[Numbers](), (cfg.model, Numbers())
         for number in range(1, cfg.rounds + 2):
-            seen = look(cfg, number, policy, prompts, run)
+            seen = look(whole, number, policy, prompts, run)
             course.append(seen)
             if cfg.max_kl is not None and seen["kl"] > cfg.max_kl:
                 run.warn(
@@ -70,7 +72,7 @@ def run_rounds(cfg: DpoConfig, train: Train) -> RunCard:
             if number > cfg.rounds or not _has_pairs(seen, number, run):
                 break
             policy = learn(cfg, number, policy, train, run)
-        return _finish(cfg, *kept, course, run)
+        return _finish(whole, *kept, course, run)
 
 
 def look(cfg: DpoConfig, number: int, policy: str, prompts: Sequence[Prompt], run: Run) -> Numbers:

@@ -73,7 +73,7 @@ def main(cfg: PpoConfig) -> RunCard:
         critic, within = critic_learner(cfg, models, run.world), Within.of(policy.model, cfg.max_kl)
         loop = Loop(
             cfg, run, plan, policy, peak_lr=cfg.lr, memory={"kl_coef": cfg.kl_coef, "spent": False},
-            tensors=within.tensors, further={"critic": critic.optimizer} if critic else {},
+            tensors=lambda: within.tensors, further={"critic": critic.optimizer} if critic else {},
         )  # fmt: skip
         if loop.memory["spent"]:
             loop.end()
