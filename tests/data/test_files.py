@@ -287,3 +287,19 @@ def test_every_line_gives_exactly_one_item(tmp_path_factory: pytest.TempPathFact
     while lines and not lines[-1].decode("utf-8", "surrogateescape").strip():
         lines.pop()
     assert [item.origin for item in found] == [f"f:{i}" for i in range(1, len(lines) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("joined", "reason"), [("a,b", "repeats the header"), ("\ufeffa,b", "begins with a byte-order mark")]
+)
+def test_csv_files_that_were_joined_show_at_the_second_header(tmp_path: Path, joined: str, reason: str) -> None:
+    """A second header is no row to train on, with the mark that spreadsheets put before it or without."""
+    assert told(items(tmp_path / "f.csv", f"\ufeffa,b\n1,2\n{joined}\n3,4\n")) == [
+        ("f:2", {"a": "1", "b": "2"}), f"f:3: row: {reason}: two files were joined", ("f:4", {"a": "3", "b": "4"}),
+    ]  # fmt: skip
+
+
+def test_a_table_with_another_separator_says_which(tmp_path: Path) -> None:
+    """Spreadsheets of many countries write semicolons into what they call CSV."""
+    with pytest.raises(DataError, match=r"the header 'prompt;chosen' is one column; .* separated by ';': .csv wants"):
+        items(tmp_path / "f.csv", "prompt;chosen\na;b\n")

@@ -282,3 +282,31 @@ def test_a_row_of_another_layout_is_refused_not_reinterpreted(tmp_path: Path) ->
     *good, last = read(write_jsonl(tmp_path / "f.jsonl", rows), case)
     assert not any(isinstance(item, Refusal) for item in good)
     assert isinstance(last, Refusal) and last.field == "chosen"
+
+
+LOST = {
+    "question": {"chosen": "It is blue.", "rejected": "It is big.", "question": "What colour is the sky?"},
+    "system": {"prompt": "Hi", "chosen": "Arr", "rejected": "Hello", "system": "Speak like a pirate."},
+    "input": {"prompt": "Add.", "chosen": "3", "rejected": "4", "input": "1 2"},
+    "history": {"instruction": "And now?", "output": "Now too.", "history": [["Is it raining?", "Yes."]]},
+    "context": {"prompt": "Who won?", "response": "Rome", "score": 1, "context": "Rome and Carthage were at war."},
+}
+
+
+@pytest.mark.parametrize("column", LOST)
+def test_words_of_the_prompt_that_a_layout_does_not_read_refuse_the_row(tmp_path: Path, column: str) -> None:
+    """A question, system prompt or history in a column of its own is never left out in silence."""
+    kind = "demonstrations" if column == "history" else "preferences"
+    path = write_jsonl(tmp_path / "f.jsonl", [LOST[column], {**LOST[column], column: LOST[column][column] or "x"}])
+    told = [str(item) for item in open_source(path, kind=kind)]
+    assert [line.partition(": holds words that this layout does not read")[0] for line in told] == [
+        f"{path}:1: {column}", f"{path}:2: {column}"
+    ]  # fmt: skip
+
+
+def test_a_column_that_repeats_the_prompt_or_holds_no_words_is_metadata(tmp_path: Path) -> None:
+    """Many sets carry the question again beside the conversation, an empty system prompt, or facts about the source."""
+    said_too = {"question": " What is it? ", "system": "", "history": [], "context": {"source": "web"}, "input": None}
+    row = {"prompt": "Be short. What is it?", "chosen": "a", "rejected": "b", **said_too}
+    (item,) = open_source(write_jsonl(tmp_path / "f.jsonl", [row]), kind="preferences")
+    assert isinstance(item, RankedResponses)

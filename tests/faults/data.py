@@ -98,4 +98,25 @@ FAULTS = [
         "right = same",
         "tests/engine/test_reference_cache.py -k sorted_in",
     ),
+    Fault(
+        "layouts: a question in a column that nobody reads is left out in silence",
+        "src/preftune/data/layouts.py",
+        "                fields.refuse_lost(_texts(record))\n",
+        "",
+        "tests/data/test_formats.py -k words_of_the_prompt",
+    ),
+    Fault(
+        "layouts: a question that the conversation repeats refuses the row",
+        "src/preftune/data/fields.py",
+        "any(value.strip() in text for text in read)",
+        "value in read",
+        "tests/data/test_formats.py -k metadata",
+    ),
+    Fault(
+        "files: the header of a second table is a row to train on",
+        "src/preftune/data/files.py",
+        'if cells == header or cells[0].startswith("\\ufeff"):',
+        'if cells[0].startswith("\\ufeff"):',
+        "tests/data/test_files.py -k joined",
+    ),
 ]

@@ -33,6 +33,8 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 
 UNREAD = ("tools", "image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs")
 """Columns that would change what is trained on if they were read: a row that fills one is refused, not misread."""
+CONTEXT = ("system", "system_prompt", "history", "instruction", "question", "query", "input", "context")
+"""Where other tools keep the prompt or a part of it: a row is refused if its layout leaves such words unread."""
 UNREAD_IN_MESSAGE = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 TEXT_OR_MESSAGES = "a string or a list of messages"
@@ -179,6 +181,16 @@ class Fields:
         for name in UNREAD:
             if self.optional(name) not in (None, [], {}, ""):
                 raise Flaw(name, "is given, but is not read: this row would be trained on without it")
+
+    def refuse_lost(self, read: Sequence[str]) -> None:
+        """Refuse words of `CONTEXT` that stand in none of the texts that were `read`; metadata are no text."""
+        for name in CONTEXT:
+            value = self.optional(name)
+            if isinstance(value, str) and any(value.strip() in text for text in read):
+                continue
+            if value and isinstance(value, str | list):
+                reason = "holds words that this layout does not read; make them part of the prompt, or drop the column"
+                raise Flaw(name, reason)
 
 
 def describe(value: object) -> str:

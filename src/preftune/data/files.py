@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BufferedIOBase
+from itertools import islice
 from pathlib import Path
 
 from preftune.data.fields import MAX_TEXT_CHARS, Row, printable
@@ -77,7 +78,7 @@ def read_csv(path: Path, shown: str, delimiter: str = ",") -> Iterator[Row | Ref
     """Rows of cells under a header line; a row may span lines and carries the first. All cells are text."""
     csv.field_size_limit(MAX_TEXT_CHARS + 1)  # the module's own limit, 128 KiB, is shorter than some prompts
     text = (line or _too_long(f"{shown}:{number}") for number, line in _lines(path, shown))
-    reader = csv.reader((line.removeprefix("\ufeff") for line in text), delimiter=delimiter, strict=True)
+    reader = csv.reader(_without_mark(text), delimiter=delimiter, strict=True)
     header: list[str] = []
     blank_from = None
     while True:
@@ -99,7 +100,10 @@ def read_csv(path: Path, shown: str, delimiter: str = ",") -> Iterator[Row | Ref
         for blank in range(blank_from or line, line):
             yield Refusal(origin=f"{shown}:{blank}", field="row", reason=BLANK)
         blank_from = None
-        if len(cells) != len(header):
+        if cells == header or cells[0].startswith("\ufeff"):
+            reason = "repeats the header" if cells == header else "begins with a byte-order mark"
+            yield Refusal(origin=origin, field="row", reason=f"{reason}: two files were joined")
+        elif len(cells) != len(header):
             reason = f"has {len(cells)} cells, the header has {len(header)}"
             yield Refusal(origin=origin, field="row", reason=reason)
         else:
@@ -275,10 +279,19 @@ def _expect(text: str, at: int, mark: str) -> int:
     return at + 1
 
 
+def _without_mark(lines: Iterator[str]) -> Iterator[str]:
+    """The lines; the byte-order mark that may begin the first one is none of its text."""
+    yield from (line.removeprefix("\ufeff") for line in islice(lines, 1))
+    yield from lines
+
+
 def _header(cells: list[str], origin: str) -> list[str]:
     """The column names, each once. Raises DataError."""
     flawed = [name for name in cells if not name.strip() or cells.count(name) > 1]
     if not cells or flawed:
         found = ", ".join(printable(name) for name in cells) or "none"
         raise DataError(f"{origin}: the header needs a name of its own for each column, found: {found}")
+    if len(cells) == 1 and (mark := next((mark for mark in ";\t|," if mark in cells[0]), None)):
+        how = f"the header {cells[0]!r} is one column; the file seems to be separated by {mark!r}"
+        raise DataError(f"{origin}: {how}: .csv wants commas, .tsv tabs: save it so, or rename it")
     return cells

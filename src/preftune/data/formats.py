@@ -243,6 +243,7 @@ def _score_row(row: Row) -> tuple[Prompt, Response]:
     if fields.optional("weight") is not None:
         raise Flaw("weight", "is given, but the rows of a scored table become pairs, which it does not weigh")
     prompt, completion = fields.prompt("prompt"), fields.completion("response")
+    fields.refuse_lost([prompt] if isinstance(prompt, str) else [message.content for message in prompt])
     return shared_prompt(prompt, [completion]), Response(text=completion.text, score=fields.number("score"))
 
 

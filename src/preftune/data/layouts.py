@@ -42,11 +42,20 @@ def each(read: Callable[[Fields], Record]) -> Callable[[Rows], Items]:
             try:
                 fields = Fields(row)
                 fields.refuse_unread()
-                yield read(fields)
+                record = read(fields)
+                fields.refuse_lost(_texts(record))
+                yield record
             except Flaw as flaw:
                 yield Refusal(origin=row.origin, field=flaw.field, reason=flaw.reason)
 
     return items
+
+
+def _texts(record: Record) -> list[str]:
+    """All that was read of a row."""
+    before = [record.prompt] if isinstance(record.prompt, str) else [message.content for message in record.prompt]
+    responses = record.responses if isinstance(record, RankedResponses) else (record.response,)
+    return [*before, *(response.text for response in responses)]
 
 
 def detect(rows: Sequence[Row | Refusal], layouts: Mapping[str, Layout], name: str) -> str:

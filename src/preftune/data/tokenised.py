@@ -32,7 +32,7 @@ from preftune.errors import ArtifactError, DataError
 
 __all__ = ["tokenised"]
 
-LAYOUT = "preftune tokens, layout 1"
+LAYOUT = "preftune tokens, layout 2"
 _REPORT, _IDENTITY = "report.json", "identity.json"
 _PACKAGES = ("preftune", "tokenizers", "transformers")
 
