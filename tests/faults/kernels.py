@@ -88,9 +88,30 @@ FAULTS = [
     Fault(
         "memory: the proposed length forgets that a row has several responses",
         _FITTING,
-        "self.fitted // len(row.responses)",
-        "self.fitted",
+        "length = fitted // len(row.responses)",
+        "length = fitted",
         "tests/parts/test_fitting.py -k proposes",
+    ),
+    Fault(
+        "memory: the proposed length of answers forgets the prompt",
+        _FITTING,
+        "(fitted - len(row.prompt)) // len(row.responses)",
+        "fitted // len(row.responses)",
+        "tests/parts/test_fitting.py -k answers",
+    ),
+    Fault(
+        "memory: of several rows the shortest is named",
+        _FITTING,
+        "longest = max(rows,",
+        "longest = min(rows,",
+        "tests/parts/test_fitting.py -k together",
+    ),
+    Fault(
+        "memory: ppo proposes a setting that it does not have",
+        "src/preftune/parts/ppo_parts.py",
+        "budget=Budget(run.note, shorter=shorter_answers)",
+        "budget=Budget(run.note)",
+        "tests/parts/test_policy_memory.py -k names",
     ),
     Fault(
         "checkpointing: selective recomputes everything",

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from preftune.data.packing import pack
+from preftune.data.packing import fed_tokens, pack
 from preftune.engine.memory import out_of_memory
 from preftune.errors import RunError
 from preftune.parts import common
-from preftune.parts.fitting import Budget, attempt
+from preftune.parts.fitting import Budget, attempt, attempt_in_step, shorter_answers
 from preftune.recipes import dpo, reward, sft
 from preftune.tensors import TokenGroup
 
@@ -143,6 +143,31 @@ def test_the_length_it_proposes_is_one_that_fits() -> None:
         RunError, match=r"f:2: .* 42 tokens with its 2 responses. 20 tokens did fit: set --max_length 10"
     ):
         attempt(lambda: [pack([g]) for g in groups], work, budget, lambda: None)
+
+
+def test_the_length_of_answers_it_proposes_is_one_that_fits() -> None:
+    """A prompt of 4 with two answers of at most 8 is fed at most the 20 tokens that did fit; of 9, more."""
+    (row,) = rows(20)
+    assert "20 tokens did fit: set --max_tokens 8, or a lower --n" in shorter_answers(row, 20)
+    fitting, longer = (fed_tokens(group) for group in rows(8, 9 + 1))
+    assert fitting <= 20 < longer
+    assert shorter_answers(row, 5) == "set --max_tokens lower, or a lower --n"
+
+
+def test_where_all_must_compute_together_the_exit_names_the_row() -> None:
+    """Nothing is done anew: of several rows the longest is named and half of the tokens proposed, one row by itself."""
+
+    def work(batches: Any) -> None:
+        for batch in batches:
+            if batch.input_ids.numel() > 20:
+                raise TORCH
+
+    several = r"out of memory at 62 tokens, 3 rows, the longest of them f:1, .* set --tokens_per_batch 31, .*--resume"
+    with pytest.raises(RunError, match=several):
+        attempt_in_step([pack(rows(3, 20, 5))], work, Budget())
+    alone = r"f:1: out of memory with this row alone, 42 tokens .* 20 tokens did fit: set --max_length 10.*--resume"
+    with pytest.raises(RunError, match=alone):
+        attempt_in_step([pack([row]) for row in (rows(9)[0], rows(3, 20)[1])], work, Budget())
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from preftune.config.rl import PpoConfig
 from preftune.errors import RunError
+from preftune.parts import ppo_parts
 from preftune.parts.fitting import Budget
 from preftune.parts.policy_step import PpoKnobs, ppo_update, rloo_update
 from preftune.parts.rollouts import Rollout, roll_out
 from preftune.parts.scoring import open_scorer
+from preftune.recipes import ppo
 from rl_world import PROMPTS, SCORE, Learners, learners, model_folder, perturbed, sampling, weights
 
 
@@ -30,8 +34,8 @@ def apart(folder: Path) -> tuple[Learners, list[str]]:
     return replace(it, batching=replace(it.batching, budget=Budget(said.append))), said
 
 
-def rolled(it: Learners) -> Rollout:
-    return roll_out(it.models, PROMPTS, open_scorer(SCORE), it.batching, sampling(6), seed=0)
+def rolled(it: Learners, **more: Any) -> Rollout:
+    return roll_out(it.models, PROMPTS, open_scorer(SCORE), it.batching, sampling(6), seed=0, **more)
 
 
 def updated(it: Learners, rollout: Rollout, algorithm: str) -> torch.Tensor:
@@ -107,3 +111,33 @@ def test_a_prompt_that_never_fits_is_named(folder: Path) -> None:
     tight(it, 3, backward=True)
     with pytest.raises(RunError, match="rollout prompt 1: out of memory with this row alone"):
         updated(it, rollout, "ppo")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_a_run_names_the_row_of_the_prompt_and_the_length_of_answers(
+    algorithm: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """file:line, and settings that `preftune ppo` has: --max_tokens, --n, --activation_checkpointing."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    plain = ppo_parts.open_model
+
+    def opened(*args: Any, **settings: Any) -> Any:
+        loaded, batching = plain(*args, **settings)
+        loaded.model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: _Full.apply(output, 3) if torch.is_grad_enabled() else output
+        )
+        return loaded, batching
+
+    monkeypatch.setattr(ppo_parts, "open_model", opened)
+    named = (
+        r"prompts.jsonl:1: out of memory with this row alone, \d+ tokens with its 6 responses. \d+ tokens did fit: set "
+        r"--max_tokens \d+, or a lower --n, or --activation_checkpointing full$"
+    )
+    with pytest.raises(RunError, match=named):
+        ppo.main(
+            PpoConfig(
+                model=str(folder), prompts=str(tmp_path / "prompts.jsonl"), reward=SCORE, out=str(tmp_path / "run"),
+                algorithm=algorithm, n=6, max_tokens=3, batch_size=2, max_steps=1, shuffle=False, device="cpu",
+                dtype="float32", missing_eos="none",
+            )
+        )  # fmt: skip

@@ -106,7 +106,7 @@ class Batching:
             most = self.world.largest(len(batches), "the micro-batches")
             batches += [idle(packed=self.packed, feed_last=self.feed_last).to(self.device)] * (most - len(batches))
             with self.world.in_step("the parts of the weights"):
-                return attempt_in_step(batches, work)
+                return attempt_in_step(batches, work, self.budget)
         return attempt(lambda: list(self(groups)), work, self.budget, forget)
 
     def check(

@@ -19,11 +19,25 @@ import torch
 
 from preftune.engine.memory import out_of_memory
 from preftune.errors import RunError
-from preftune.tensors import PackedBatch
+from preftune.tensors import PackedBatch, TokenGroup
 
-__all__ = ["Budget", "attempt", "attempt_in_step"]
+__all__ = ["Budget", "attempt", "attempt_in_step", "shorter_answers"]
 
 T = TypeVar("T")
+
+
+def shorter_rows(row: TokenGroup, fitted: int) -> str:
+    """The --max_length with which the row fits: prompt + responses <= that many times the longest of them."""
+    length = fitted // len(row.responses)
+    known = f"{fitted} tokens did fit: set --max_length {length}" if length > 1 else "set --max_length lower"
+    return f"{known}, with --truncation"
+
+
+def shorter_answers(row: TokenGroup, fitted: int) -> str:
+    """The --max_tokens with which a prompt's own answers fit."""
+    length = (fitted - len(row.prompt)) // len(row.responses)
+    known = f"{fitted} tokens did fit: set --max_tokens {length}" if length > 0 else "set --max_tokens lower"
+    return f"{known}, or a lower --n"
 
 
 @dataclass
@@ -35,6 +49,8 @@ class Budget:
     """At most so many tokens at once, lower than asked for; None: as asked for."""
     fitted: int = 0
     """The most tokens of a micro-batch that went through."""
+    shorter: Callable[[TokenGroup, int], str] = shorter_rows
+    """(row, tokens that did fit) -> the setting that makes such rows shorter."""
 
     def below(self, failed: PackedBatch) -> None:
         """Lower the limit to half of what did not fit. Raises RunError when that is a single row already."""
@@ -46,12 +62,14 @@ class Budget:
                 f"once (next time: --tokens_per_batch {self.limit})"
             )
             return
+        raise RunError(self.alone(failed))
+
+    def alone(self, failed: PackedBatch) -> str:
+        """What to do about a single row that does not fit."""
         (row,) = failed.groups
-        shorter = self.fitted // len(row.responses)  # prompt + responses <= that many times the longest of them
-        known = f"{self.fitted} tokens did fit: set --max_length {shorter}" if shorter > 1 else "set --max_length lower"
-        raise RunError(
-            f"{row.origin or 'a row'}: out of memory with this row alone, {tokens} tokens with its "
-            f"{len(row.responses)} responses. {known}, with --truncation, or --activation_checkpointing full"
+        return (
+            f"{row.origin or 'a row'}: out of memory with this row alone, {failed.input_ids.numel()} tokens with its "
+            f"{len(row.responses)} responses. {self.shorter(row, self.fitted)}, or --activation_checkpointing full"
         )
 
 
@@ -77,23 +95,38 @@ class _InHand(Sequence[PackedBatch]):
             self.before.append(batch)
         self.at = None
 
+    def note_fitted(self, budget: Budget) -> None:
+        """What was gone through counts as fitted."""
+        budget.fitted = max([budget.fitted, *(batch.input_ids.numel() for batch in self.before)])
 
-def attempt_in_step(batches: Sequence[PackedBatch], work: Callable[[Sequence[PackedBatch]], T]) -> T:
+
+def attempt_in_step(batches: Sequence[PackedBatch], work: Callable[[Sequence[PackedBatch]], T], budget: Budget) -> T:
     """What `work` makes of the batches where other processes compute beside it: they cannot be made to start anew.
 
-    Raises RunError, naming a setting, when memory gives out.
+    Raises RunError, naming row and setting, when memory gives out.
     """
     given = _InHand(batches)
     try:
-        return work(given)
+        result = work(given)
     except (RuntimeError, MemoryError) as error:
         if given.at is None or not out_of_memory(error):
             raise
-        tokens = given.at.input_ids.numel()
-        raise RunError(
-            f"out of memory at {tokens} tokens, and with sharded weights no process can do a step anew by itself; set "
-            f"--tokens_per_batch {tokens // 2}, or --activation_checkpointing full, and go on with --resume"
-        ) from error
+        given.note_fitted(budget)
+        raise RunError(_in_step(given.at, budget)) from error
+    given.note_fitted(budget)
+    return result
+
+
+def _in_step(failed: PackedBatch, budget: Budget) -> str:
+    tokens, rows = failed.input_ids.numel(), failed.groups
+    if len(rows) == 1:
+        return f"{budget.alone(failed)}, and go on with --resume"
+    longest = max(rows, key=lambda row: len(row.prompt) + sum(map(len, row.responses)), default=None)
+    among = f", {len(rows)} rows, the longest of them {longest.origin or 'without a name'}" if longest else ""
+    return (
+        f"out of memory at {tokens} tokens{among}, and with sharded weights no process can do a step anew by itself; "
+        f"set --tokens_per_batch {tokens // 2}, or --activation_checkpointing full, and go on with --resume"
+    )
 
 
 def attempt(
@@ -115,12 +148,12 @@ def attempt(
             if given.at is None or not out_of_memory(error):
                 raise
         else:
-            budget.fitted = max([budget.fitted, *(batch.input_ids.numel() for batch in given.batches)])
+            given.note_fitted(budget)
             return result
         # Outside of `except`: the traceback, which holds the activations, is gone.
         forget()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        budget.fitted = max([budget.fitted, *(batch.input_ids.numel() for batch in given.before)])
+        given.note_fitted(budget)
         budget.below(given.at)

@@ -29,6 +29,7 @@ from preftune.models.reward_head import load_reward_model
 from preftune.models.value_head import critic_of
 from preftune.parts.adapting import to_train
 from preftune.parts.common import Batching, open_model
+from preftune.parts.fitting import Budget, shorter_answers
 from preftune.parts.policy_step import Learner
 from preftune.parts.rollouts import Models, Sampling, answered
 from preftune.parts.room import Reader, with_room
@@ -71,7 +72,8 @@ def open_models(cfg: PpoConfig, run: Run) -> tuple[LoadedModel, Models, Batching
         start, theirs = _critic_start(cfg, policy, batching, run)
         critic, packed = critic_of(start.model), packed and theirs.packed
     reference = (reference or copy_beside(policy.model)).requires_grad_(False).eval()
-    return policy, Models(policy.model, reference, critic, policy.tokenizer), replace(batching, packed=packed)
+    batching = replace(batching, packed=packed, budget=Budget(run.note, shorter=shorter_answers))
+    return policy, Models(policy.model, reference, critic, policy.tokenizer), batching
 
 
 def _critic_start(cfg: PpoConfig, policy: LoadedModel, batching: Batching, run: Run) -> tuple[LoadedModel, Batching]:

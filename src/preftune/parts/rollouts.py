@@ -102,13 +102,15 @@ def roll_out(
     *,
     seed: int,
     scale: Sequence[float] | None = None,
+    origins: Sequence[str] | None = None,
 ) -> Rollout:
     """Draw, score, measure. `scale`: scores of reference responses, by which scores are standardised; none: not.
+    `origins`: what messages call the prompts.
 
     Raises RunError when no response has a score, NotFinite on a log-prob or a value that is none.
     """
     drawn, scores = answered(models.policy, models.tokenizer, prompts, score, sampling, batching.world, seed=seed)
-    return assemble(models, drawn, scores, batching, sampling, scale=scale)
+    return assemble(models, drawn, scores, batching, sampling, scale=scale, origins=origins)
 
 
 def answered(
@@ -157,6 +159,7 @@ def assemble(
     sampling: Sampling,
     *,
     scale: Sequence[float] | None = None,
+    origins: Sequence[str] | None = None,
 ) -> Rollout:
     """The rollout of responses with their scores, [prompt][response]; those without a finite one are left out."""
     flat = torch.tensor([value for row in scores for value in row], dtype=torch.float64)
@@ -171,9 +174,10 @@ def assemble(
         )
     keep = iter(kept.tolist())
     rows = [[one for one in row if next(keep)] for row in drawn]
+    origins = origins or [f"rollout prompt {i}" for i in range(1, len(rows) + 1)]
     groups = tuple(
-        TokenGroup(_ids(row[0].prompt), tuple(_ids(one.ids) for one in row), origin=f"rollout prompt {i}")
-        for i, row in enumerate(rows, start=1)
+        TokenGroup(_ids(row[0].prompt), tuple(_ids(one.ids) for one in row), origin=origin)
+        for origin, row in zip(origins, rows, strict=True)
         if row
     )
     mask, table = _measured(models, groups, batching, sampling.temperature)

@@ -81,7 +81,10 @@ def main(cfg: PpoConfig) -> RunCard:
         for step, groups, lr in loop.steps():
             coef = loop.memory["kl_coef"]
             prompts = [prompt_of[id(group)] for group in groups]
-            rollout = roll_out(models, prompts, reward, batching, sampling, seed=draw_seed(cfg, step), scale=scale)
+            rollout = roll_out(
+                models, prompts, reward, batching, sampling, seed=draw_seed(cfg, step), scale=scale,
+                origins=[group.origin for group in groups],
+            )  # fmt: skip
             if not certified:
                 batching.check(policy.model, rollout.groups)
                 warn_of_silence(rollout, run)
