@@ -27,7 +27,7 @@ def neighbours(value: float) -> tuple[float, float]:
     return low, high
 
 
-@pytest.fixture(params=["philox", "hashed"])
+@pytest.fixture(params=["pcg", "hashed"])
 def any_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sources of random bits: the CPU's, and the accelerator's run here on the CPU."""
     if request.param == "hashed":
@@ -35,7 +35,7 @@ def any_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         def fill(seed: int, step: int, name: str, first: int) -> Callable[[Tensor], None]:
             return rounding._hashed_bits(rounding._hash(f"{seed}/{step}/{name}"), first)
 
-        monkeypatch.setattr(rounding, "_philox_bits", fill)
+        monkeypatch.setattr(rounding, "_pcg_bits", fill)
 
 
 @pytest.mark.usefixtures("any_bits")

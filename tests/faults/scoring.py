@@ -23,8 +23,8 @@ FAULTS = [
     Fault(
         "head: the softcap is not differentiated",
         _HEAD,
-        "                if slope is not None:\n                    logits.mul_(slope)\n                logits[own",
-        "                logits[own",
+        "                if slope is not None:\n                    logits.mul_(slope)\n                _put_at_targets(logits",
+        "                _put_at_targets(logits",
         f"{_TESTS} -k equal_log_softmax",
     ),
     Fault(
@@ -52,8 +52,8 @@ FAULTS = [
     Fault(
         "head: 1 is taken from a probability that was rounded to bfloat16",
         _HEAD,
-        "pull[own, targets[own] - low] = (miss[own] / f[own]).to(pull.dtype)",
-        "pull[own, targets[own] - low] -= (1 / f[own]).to(pull.dtype)",
+        "_put_at_targets(pull, targets, low, miss / f)",
+        "_put_at_targets(pull, targets, low, at_targets(pull, targets, low, miss) - 1 / f)",
         f"{_TESTS} -k nearly_certain",
     ),
     Fault(

@@ -37,8 +37,8 @@ FAULTS = [
     Fault(
         "rounding: a part begins at the next whole word of bits",
         _ROUNDING,
-        "raw[skip : skip + len(bits)]",
-        "raw[: len(bits)]",
+        "raw.view(np.uint16)[skip : skip + len(bits)]",
+        "raw.view(np.uint16)[: len(bits)]",
         f"{_BITS} parts_of_a_tensor",
     ),
     Fault(

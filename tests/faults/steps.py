@@ -47,8 +47,8 @@ FAULTS = [
     Fault(
         "step: in two passes every micro-batch gets the gradients of the first",
         _STEP,
-        'starts["responses"] += len(batch.lengths)',
-        'starts["responses"] += 0',
+        "ends[unit] = starts[unit] + len(part)",
+        "ends[unit], starts[unit] = len(part), 0",
         f'{_SPLIT} "any_split and aot_unpaired"',
     ),
     Fault(
@@ -196,15 +196,15 @@ FAULTS = [
     Fault(
         "rounding: the same bits at every step",
         _ROUNDING,
-        "counter=np.array([count, 0, step, 0], dtype=np.uint64)",
-        "counter=np.array([count, 0, 0, 0], dtype=np.uint64)",
+        "SeedSequence((seed % 2**64, step, _hash(name)))",
+        "SeedSequence((seed % 2**64, 0, _hash(name)))",
         f"{_BITS} repeated_and_differ",
     ),
     Fault(
         "rounding: the same bits for every parameter",
         _ROUNDING,
-        "key = np.array([seed % 2**64, _hash(name)], dtype=np.uint64)",
-        "key = np.array([seed % 2**64, 0], dtype=np.uint64)",
+        "SeedSequence((seed % 2**64, step, _hash(name)))",
+        "SeedSequence((seed % 2**64, step, 0))",
         f"{_BITS} repeated_and_differ",
     ),
     Fault(

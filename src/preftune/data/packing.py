@@ -34,28 +34,28 @@ def pack(groups: Sequence[TokenGroup], *, feed_last: bool = False) -> PackedBatc
     """
     assert groups, "a batch holds at least one group"
     tokens: list[Ids] = []
-    positions: list[NDArray[np.int64]] = []
-    predict_at: list[NDArray[np.int64]] = []
+    fed: list[tuple[int, int]] = []  # first position and number of what is fed of a response
+    scored: list[tuple[int, int]] = []  # first place in the row and number of what predicts it, shared and own
     last_at: list[int] = []
     segments: list[Segment] = []
     end = 0
     for group in groups:
         first, prompt, bodies = end, len(group.prompt), _bodies(group, feed_last)
         prefix = prompt + shared_prefix(bodies)
+        tokens.append(group.prompt)
         for r, (response, body) in enumerate(zip(group.responses, bodies, strict=True)):
             own_from = 0 if r == 0 else prefix  # the first response brings the prefix along
-            fed = np.concatenate((group.prompt, body))[own_from:]
-            start, end = end, end + len(fed)
-            tokens.append(fed)
-            positions.append(np.arange(own_from, own_from + len(fed)))
-            if len(fed):
+            tokens.append(body if r == 0 else body[prefix - prompt :])
+            start, end = end, end + prompt + len(body) - own_from
+            fed.append((own_from, end - start))
+            if end > start:
                 segments.append(Segment(start, end) if r == 0 else Segment(start, end, first, first + prefix))
-            at = np.arange(prompt - 1, prompt - 1 + len(response))
-            predict_at.append(np.where(at < prefix, first + at, start + at - own_from))
-            last = prompt - 1 + len(response)
-            last_at.append(first + last if last < prefix else start + last - own_from)
+            last = prompt - 1 + len(response)  # predictions are made from prompt - 1 on, and end before it
+            shared, moved = min(prefix, last) - (prompt - 1), start - own_from
+            scored += [(first + prompt - 1, shared), (moved + prompt - 1 + shared, len(response) - shared)]
+            last_at.append(first + last if last < prefix else moved + last)
     plan, ends = AttentionPlan(tuple(segments), end), torch.tensor(last_at) if feed_last else None
-    return _batch(groups, _row(tokens)[None], _row(positions)[None], _row(predict_at), plan, last_at=ends)
+    return _batch(groups, _row(tokens)[None], _ranges(fed)[None], _ranges(scored), plan, last_at=ends)
 
 
 def pad(groups: Sequence[TokenGroup], *, pad_id: int, feed_last: bool = False) -> PackedBatch:
@@ -188,6 +188,12 @@ def _by_length(groups: Sequence[TokenGroup], budget: int, feed_last: bool) -> li
             rows, width = len(groups[item].responses), longest[item]
         bins[-1].append(item)
     return bins
+
+
+def _ranges(parts: Sequence[tuple[int, int]]) -> Tensor:
+    """[sum of counts] first, first + 1, ... of every (first, count), one after the other."""
+    firsts, counts = np.array(parts, dtype=np.int64).T
+    return torch.from_numpy(np.repeat(firsts - (counts.cumsum() - counts), counts) + np.arange(counts.sum()))
 
 
 def _row(pieces: Iterable[NDArray[np.integer]]) -> Tensor:

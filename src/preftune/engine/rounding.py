@@ -37,7 +37,7 @@ def stochastic_round_(out: Tensor, source: Tensor, *, seed: int, step: int, name
     assert out.shape == source.shape and out.is_contiguous() and source.is_contiguous(), (out.shape, source.shape)
     on_cpu = source.device.type == "cpu"
     chunk = CPU_CHUNK if on_cpu else DEVICE_CHUNK
-    fill = _philox_bits(seed, step, name, first) if on_cpu else _hashed_bits(_hash(f"{seed}/{step}/{name}"), first)
+    fill = _pcg_bits(seed, step, name, first) if on_cpu else _hashed_bits(_hash(f"{seed}/{step}/{name}"), first)
     workspace = torch.empty(min(chunk, source.numel()), dtype=torch.int32, device=source.device)
     for rounded, values in zip(out.view(-1).split(chunk), source.view(-1).split(chunk), strict=True):
         bits = workspace[: len(values)]
@@ -53,17 +53,18 @@ def stochastic_round_(out: Tensor, source: Tensor, *, seed: int, step: int, name
             rounded.masked_fill_(values.isnan(), torch.nan)  # the payload of a NaN may have carried into the sign
 
 
-def _philox_bits(seed: int, step: int, name: str, first: int) -> FillBits:
-    """Counter-based on the CPU: Philox 4x64 with key (seed, name) and counter (position, 0, step, 0)."""
-    key = np.array([seed % 2**64, _hash(name)], dtype=np.uint64)
-    position = first
+def _pcg_bits(seed: int, step: int, name: str, first: int) -> FillBits:
+    """By position on the CPU: PCG64 jumps to any of its 64-bit words, and a word holds the bits of four weights."""
+    generator = np.random.PCG64(np.random.SeedSequence((seed % 2**64, step, _hash(name))))
+    position, drawn = first, 0
 
     def fill(bits: Tensor) -> None:
-        nonlocal position
-        count, skip = divmod(position, 16)  # a count gives four words, a word the bits of four weights
-        philox = np.random.Philox(key=key, counter=np.array([count, 0, step, 0], dtype=np.uint64))
-        raw = philox.random_raw(-(-(skip + len(bits)) // 4)).view(np.uint16)
-        bits.copy_(torch.from_numpy(raw[skip : skip + len(bits)]))
+        nonlocal position, drawn
+        word, skip = divmod(position, 4)
+        generator.advance((word - drawn) % 2**128)  # the period: one word back where two chunks share it
+        raw = generator.random_raw(-(-(skip + len(bits)) // 4))
+        drawn = word + len(raw)
+        bits.copy_(torch.from_numpy(raw.view(np.uint16)[skip : skip + len(bits)]))
         position += len(bits)
 
     return fill

@@ -9,6 +9,7 @@ Q queries and K keys of one tile.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,12 +75,17 @@ class Layout:
         self._varlen: VarlenPlan | None = None
         self._masks: dict[int | None, Any] = {}
         # Per token [N]: its segment, the keys it sees before its own segment, and its position in the sequence.
-        self._segment, self._from, self._to, self._position = torch.zeros(4, plan.length, dtype=torch.int64)
+        starts, before = [s.start for s in plan.segments], [0] * len(plan.segments)
         for i, s in enumerate(plan.segments):
-            before = self._position[s.prefix_end - 1] + 1 if s.prefix_end > s.prefix_start else 0
-            own = slice(s.start, s.end)
-            self._segment[own], self._from[own], self._to[own] = i, s.prefix_start, s.prefix_end
-            self._position[own] = torch.arange(s.end - s.start) + before
+            if s.prefix_end > s.prefix_start:
+                holder = bisect_left(starts, s.prefix_end) - 1
+                before[i] = before[holder] + s.prefix_end - starts[holder]
+        of_segments = torch.tensor(
+            [(i, s.prefix_start, s.prefix_end, before[i] - s.start) for i, s in enumerate(plan.segments)]
+        )
+        tokens = torch.tensor([s.end - s.start for s in plan.segments])
+        self._segment, self._from, self._to, offset = of_segments.T.repeat_interleave(tokens, 1)
+        self._position = torch.arange(plan.length) + offset
         self.longest = int(self._position.max()) + 1
 
     def tiles(self, query: Tensor, groups: int, window: int | None, block: int) -> list[Tile]:

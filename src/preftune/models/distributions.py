@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from preftune.models.head import Blocks, Pull, block_entries, pull_back
+from preftune.models.head import Blocks, Pull, at_targets, block_entries, pull_back
 
 __all__ = ["token_alignment", "token_divergence"]
 
@@ -72,12 +72,10 @@ def token_alignment(
     for tokens the policy would not write. float32 (float64 from a float64 model). Source: arXiv 2406.11827 Section 3.
     """
     blocks = Blocks(hidden_Cd, weight_Vd, bias, softcap, scale, chunk or block_entries(hidden_Cd))
-    order, at = blocks.by_target(targets_C)
     maximum = blocks.lowest()
-    total, squares, at_target = torch.zeros_like(maximum), torch.zeros_like(maximum), torch.empty_like(maximum)
-    for i, (low, logits, _) in enumerate(blocks):
-        own = order[at[i] : at[i + 1]]
-        at_target[own] = logits[own, targets_C[own] - low]
+    total, squares, at_target = (torch.zeros_like(maximum) for _ in range(3))
+    for low, logits, _ in blocks:
+        at_target = at_targets(logits, targets_C, low, at_target)
         higher = torch.maximum(maximum, logits.amax(1))
         shrink, odds = (maximum - higher).exp_(), logits.sub_(higher[:, None]).exp_()
         total.mul_(shrink).add_(odds.sum(1))

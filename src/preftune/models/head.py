@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Blocks", "Pull", "block_entries", "pull_back", "room_of", "token_logprobs"]
+__all__ = ["Blocks", "Pull", "at_targets", "block_entries", "pull_back", "room_of", "token_logprobs"]
 
 # Logits held at a time: a few megabytes on a CPU (its cache), enough to fill an accelerator elsewhere.
 _BLOCK_ELEMENTS = {"cpu": 2**21}
@@ -108,12 +108,6 @@ class Blocks:
         self._logits = self._product if weight.dtype == self.dtype else weight.new_empty(size, dtype=self.dtype)
         self._kept = weight.new_empty(len(hidden) * min(keep * chunk, len(weight)))
 
-    def by_target(self, targets: Tensor) -> tuple[Tensor, list[int]]:
-        """Token numbers sorted by target, and where in them each block's begin: `order[at[i] : at[i + 1]]`."""
-        in_order, order = targets.sort()
-        edges = torch.arange(0, len(self.weight) + self.chunk, self.chunk, device=targets.device)
-        return order, torch.searchsorted(in_order, edges).tolist()
-
     def lowest(self) -> Tensor:
         """[C] where a running maximum starts; not -inf, because -inf - -inf is NaN."""
         return self.hidden.new_full((len(self.hidden),), torch.finfo(self.dtype).min, dtype=self.dtype)
@@ -144,6 +138,29 @@ class Blocks:
             if self.softcap is not None:
                 logits.div_(self.softcap).tanh_().mul_(self.softcap)
             yield low, logits, product
+
+
+def at_targets(logits_CB: Tensor, targets_C: Tensor, low: int, elsewhere_C: Tensor) -> Tensor:
+    """[C] each token's logit of its target, where the block from entry `low` on has it; else `elsewhere`.
+
+    Every token is asked in every block: which ones a block has would have to be read back from the device.
+    """
+    column, inside = _columns(logits_CB, targets_C, low)
+    return logits_CB.gather(1, column)[:, 0].where(inside, elsewhere_C)
+
+
+def _put_at_targets(pull_CB: Tensor, targets_C: Tensor, low: int, values_C: Tensor) -> None:
+    """Write `values` where `at_targets` reads."""
+    column, inside = _columns(pull_CB, targets_C, low)
+    old = pull_CB.gather(1, column)[:, 0]
+    pull_CB.scatter_(1, column, values_C.to(old.dtype).where(inside, old)[:, None])
+
+
+def _columns(block_CB: Tensor, targets_C: Tensor, low: int) -> tuple[Tensor, Tensor]:
+    """[C, 1] the target's column, or the nearest one, and [C] whether the block has it."""
+    column, last = targets_C - low, block_CB.shape[1] - 1
+    nearest = column.clamp(0, last)
+    return nearest[:, None], nearest == column
 
 
 Pull = tuple[int, Tensor, Tensor, Tensor | None]
@@ -208,13 +225,11 @@ class _TokenLogprobs(torch.autograd.Function):
         keep: int,
     ) -> Tensor:
         blocks = Blocks(hidden, weight, bias, softcap, scale, chunk, keep)
-        order, at = blocks.by_target(targets)
         maximum = blocks.lowest()
         total = torch.zeros_like(maximum)
-        kept = _Kept(torch.empty_like(maximum), [])
+        kept = _Kept(torch.zeros_like(maximum), [])
         for i, (low, logits, room) in enumerate(blocks):
-            own = order[at[i] : at[i + 1]]
-            kept.at_target[own] = logits[own, targets[own] - low]
+            kept.at_target = at_targets(logits, targets, low, kept.at_target)
             higher = torch.maximum(maximum, logits.amax(1))
             slope = blocks.slope(logits) if i < keep else None
             total.mul_((maximum - higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
@@ -233,7 +248,6 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_C: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         blocks = Blocks(hidden, weight, bias, *ctx.settings)
-        order, at = blocks.by_target(targets)
         kept, ctx.kept = ctx.kept, _Kept(ctx.kept.at_target, [])  # used up; a second backward computes it again
         miss = (kept.at_target - lse).exp_().sub_(1)
         slope_at_target = blocks.slope(kept.at_target)
@@ -243,17 +257,15 @@ class _TokenLogprobs(torch.autograd.Function):
         def pulls() -> Iterator[Pull]:
             """p - onehot, so the sign joins upstream."""
             for i, (pull, maximum) in enumerate(kept.blocks):
-                low, own = i * blocks.chunk, order[at[i] : at[i + 1]]
-                f = (maximum - lse).clamp_(min=-_FARTHEST).exp_()
-                pull[own, targets[own] - low] = (miss[own] / f[own]).to(pull.dtype)
+                low, f = i * blocks.chunk, (maximum - lse).clamp_(min=-_FARTHEST).exp_()
+                _put_at_targets(pull, targets, low, miss / f)
                 yield low, pull, pull, f
-            for i, (low, logits, room) in enumerate(blocks.walk(len(kept.blocks) * blocks.chunk), len(kept.blocks)):
-                own = order[at[i] : at[i + 1]]
+            for low, logits, room in blocks.walk(len(kept.blocks) * blocks.chunk):
                 slope = blocks.slope(logits)
                 logits.sub_(lse[:, None]).exp_()
                 if slope is not None:
                     logits.mul_(slope)
-                logits[own, targets[own] - low] = miss[own]
+                _put_at_targets(logits, targets, low, miss)
                 yield low, logits, room, None
 
         return *pull_back(blocks, pulls(), -grad_C, ctx.needs_input_grad[:3], hidden), *(None,) * 5

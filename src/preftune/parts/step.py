@@ -133,15 +133,15 @@ def _second_pass(
 ) -> None:
     """Log-probs again, one micro-batch at a time, and backward with the gradients of `whole`."""
     for batch in batches:
-        outputs, gradients = [], []
+        outputs, gradients, ends = [], [], dict(starts)
         for name, part in _columns(score(batch)):
             unit = "tokens" if name == "token_log_ratio" else "responses"
+            ends[unit] = starts[unit] + len(part)
             gradient = getattr(whole, name).grad
             if part.requires_grad and gradient is not None:
                 outputs.append(part)
-                gradients.append(gradient[starts[unit] : starts[unit] + len(part)])
-        starts["responses"] += len(batch.lengths)
-        starts["tokens"] += int(batch.lengths.sum())
+                gradients.append(gradient[starts[unit] : ends[unit]])
+        starts |= ends
         torch.autograd.backward(outputs, gradients)
         clock.lap("backward")
 
