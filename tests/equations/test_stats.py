@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from preftune.equations.stats import Interval, mean_interval, paired_bootstrap, quantiles, wilson
+from preftune.equations.stats import Interval, mean_interval, paired_bootstrap, quantiles, ratio_interval, wilson
 
 
 def test_statistics_run_without_torch() -> None:
@@ -190,3 +190,18 @@ def test_bootstrap_is_deterministic_in_its_seed_and_refuses_unequal_lengths() ->
         paired_bootstrap(values, np.zeros(29))
     with pytest.raises(ValueError, match="paired items need equal lengths, not 30, 30, 2"):
         paired_bootstrap(values, np.zeros(30), clusters=["a", "b"])
+
+
+def test_a_ratio_of_sums_is_a_mean_where_its_denominator_is_constant() -> None:
+    """Equal denominators: the interval of the mean over them, clusters or not; no denominator is refused."""
+    values = np.random.default_rng(6).normal(2, 1, 24)
+    for clusters in (None, [i // 3 for i in range(24)]):
+        found, mean = (
+            ratio_interval(values, np.full(24, 4.0), clusters=clusters),
+            mean_interval(values, clusters=clusters),
+        )
+        for end in ("estimate", "low", "high"):
+            assert getattr(found, end) == pytest.approx(getattr(mean, end) / 4)
+    for below in (np.zeros(24), np.ones(23)):
+        with pytest.raises(ValueError, match="a ratio needs as many values below as above, whose sum is not 0"):
+            ratio_interval(values, below)

@@ -118,4 +118,25 @@ FAULTS = [
         "share(found)",
         "tests/judges/test_agreement.py -k one_prompt",
     ),
+    Fault(
+        "ratio: its denominator is taken for known",
+        "src/preftune/equations/stats.py",
+        "ratio + (above_N - ratio * below_N) / below_N.mean()",
+        "above_N / below_N.mean()",
+        "tests/evaluation/test_coverage.py -k ratio_interval",
+    ),
+    Fault(
+        "length: answers to one prompt are taken for independent",
+        "src/preftune/evaluation/drift.py",
+        "len(fit_N2), clusters=clusters, resamples",
+        "len(fit_N2), resamples",
+        "tests/evaluation/test_coverage.py -k 'slope or explained'",
+    ),
+    Fault(
+        "agreement: items of one prompt are taken for independent",
+        "src/preftune/judges/agreement.py",
+        "return bootstrap(weighted, n, clusters=clusters,",
+        "return bootstrap(weighted, n, clusters=None,",
+        "tests/judges/test_agreement.py -k one_prompt",
+    ),
 ]

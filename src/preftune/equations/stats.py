@@ -32,6 +32,7 @@ __all__ = [
     "paired_bootstrap",
     "paired_difference",
     "quantiles",
+    "ratio_interval",
     "seeds_and_prompts",
     "share",
     "wilson",
@@ -203,6 +204,24 @@ def bootstrap(
         ends = _bca_ends(estimate, drawn, left_out[~np.isnan(left_out)], upper)
     low, high = np.quantile(drawn, ends)
     return Interval(estimate, float(low), float(high), n)
+
+
+def ratio_interval(
+    above: ArrayLike, below: ArrayLike, level: float = 0.95, *, clusters: Sequence[object] | None = None
+) -> Interval:
+    """sum above / sum below over the same n items; the interval is that of its linear part.
+
+    ratio + (above - ratio below) / mean below is a mean like any other, see `mean_interval`. Raises ValueError on
+    lengths that differ, on no value, on a NaN, and where `below` sums to 0.
+    """
+    above_N, below_N = _finite(above), _finite(below)
+    if len(above_N) != len(below_N) or below_N.sum() == 0:
+        raise ValueError(
+            f"a ratio needs as many values below as above, whose sum is not 0; found {len(above_N)} above and "
+            f"{len(below_N)} below that sum to {below_N.sum():g}"
+        )
+    ratio = float(above_N.sum() / below_N.sum())
+    return mean_interval(ratio + (above_N - ratio * below_N) / below_N.mean(), level, clusters=clusters)
 
 
 def paired_bootstrap(

@@ -97,7 +97,9 @@ def calibrate(margins: ArrayLike, longer_by: ArrayLike, *, clusters: Sequence[ob
     )
 
 
-def correlation(first: ArrayLike, second: ArrayLike, *, clusters: Sequence[object], seed: int = 0) -> Interval:
+def correlation(
+    first: ArrayLike, second: ArrayLike, *, clusters: Sequence[object], resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
     """Pearson's correlation of two columns [N]; Spearman's when given their `ranks`. Bootstrap over clusters.
 
     NaN where a column does not vary.
@@ -112,7 +114,7 @@ def correlation(first: ArrayLike, second: ArrayLike, *, clusters: Sequence[objec
         spread = np.sqrt(np.maximum(aa - a**2, 0) * np.maximum(bb - b**2, 0))
         return np.divide(ab - a * b, spread, out=np.full(len(a), np.nan), where=spread > 0)
 
-    return bootstrap(pearson, len(a_N), clusters=clusters, resamples=RESAMPLES, seed=seed)
+    return bootstrap(pearson, len(a_N), clusters=clusters, resamples=resamples, seed=seed)
 
 
 def ranks(values: ArrayLike) -> Floats:

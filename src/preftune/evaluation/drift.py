@@ -86,7 +86,13 @@ def displacement(model: str, chosen: Interval, forced: Interval, prompts: int) -
 
 
 def length(
-    model: str, gains: ArrayLike, longer_by: ArrayLike, *, clusters: Sequence[object], unit: str = "characters"
+    model: str,
+    gains: ArrayLike,
+    longer_by: ArrayLike,
+    *,
+    clusters: Sequence[object],
+    unit: str = "characters",
+    resamples: int = RESAMPLES,
 ) -> Finding:
     """How much of the gain over the reference goes along with length? gain = at_equal_length + slope longer_by.
 
@@ -109,7 +115,7 @@ def length(
             slope_R, x_R, y_R = parts(weights_RN)
             return (slope_R, slope_R * x_R, y_R - slope_R * x_R)[statistic]
 
-        return bootstrap(value, len(fit_N2), clusters=clusters, resamples=RESAMPLES)
+        return bootstrap(value, len(fit_N2), clusters=clusters, resamples=resamples)
 
     slope, explained, equal = (of(i) for i in range(3))
     longer, gain = (mean_interval(column, clusters=clusters) for column in fit_N2.T)

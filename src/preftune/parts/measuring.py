@@ -16,7 +16,7 @@ import torch
 
 from preftune.config.comparison import EvaluateConfig
 from preftune.equations.optimum import best_of_n_mean, best_of_n_reward
-from preftune.equations.stats import Interval, mean_interval, paired_difference, share
+from preftune.equations.stats import Interval, mean_interval, paired_difference, ratio_interval, share
 from preftune.errors import RunError
 from preftune.evaluation.divergence import Divergence, divergences
 from preftune.evaluation.texts import repeated, said_elsewhere, shape
@@ -267,11 +267,9 @@ def _mean(rows: Sequence[Row], column: str) -> Interval | None:
 
 
 def _per_token(rows: Sequence[Row]) -> Interval:
-    """Sum of KL / sum of tokens; its interval is that of the linear part, ratio + (kl - ratio n) / mean n."""
-    kl_N, tokens_N = (np.array([getattr(row, column) for row in rows], np.float64) for column in ("kl", "tokens"))
-    ratio = kl_N.sum() / tokens_N.sum()
-    linear_N = ratio + (kl_N - ratio * tokens_N) / tokens_N.mean()
-    return mean_interval(linear_N, clusters=[row.prompt for row in rows])
+    """Sum of KL / sum of tokens."""
+    kl_N, tokens_N = ([getattr(row, column) for row in rows] for column in ("kl", "tokens"))
+    return ratio_interval(kl_N, tokens_N, clusters=[row.prompt for row in rows])
 
 
 def _of(found: Sequence[Sequence[Divergence]], column: str) -> Interval:
