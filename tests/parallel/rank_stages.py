@@ -14,22 +14,35 @@ from torch.distributed.fsdp import FSDPModule
 
 from preftune.config.stages import CONFIGS
 from preftune.engine import parallel
+from preftune.engine.reference_cache import ReferenceCache
 from preftune.engine.sharding import own_part, weights_of
 from preftune.parts.common import Loop
 
 
 def main(plan: Path) -> None:
     """Run the stages of `plan`, a JSON list of [stage, config], whose folders `noted` writes into."""
-    Loop.finish = noted(Loop.finish)  # type: ignore[method-assign]
+    computed: list[str] = []
+    Loop.finish = noted(Loop.finish, computed)  # type: ignore[method-assign]
+    ReferenceCache.append = noting(ReferenceCache.append, computed)  # type: ignore[method-assign]
     for stage, config in json.loads(plan.read_text()):
         importlib.import_module(f"preftune.recipes.{stage}").main(CONFIGS[stage](**config))
     parallel.leave()
 
 
-def noted(finish: Callable[..., Any]) -> Callable[..., Any]:
+def noting(append: Callable[..., None], computed: list[str]) -> Callable[..., None]:
+    """`ReferenceCache.append` that also adds to `computed` the rows whose log-probs this rank has made."""
+
+    def told(cache: ReferenceCache, groups: Any, logps: Any) -> None:
+        computed.extend(group.origin for group in groups)
+        append(cache, groups, logps)
+
+    return told
+
+
+def noted(finish: Callable[..., Any], computed: list[str]) -> Callable[..., Any]:
     """`Loop.finish` that also writes what this rank holds: OUT/weights-of-RANK.txt, the hash of its weights, and
     OUT/held-by-RANK.json, the bytes of weights, masters and moments, and OUT/kept-by-RANK.json, where each unit keeps
-    its parts."""
+    its parts; and OUT/reference-by-RANK.json, the rows of this stage whose reference it computed."""
 
     def told(loop: Loop, **further: Any) -> Any:
         card = finish(loop, **further)  # first: looking at the parts would let go of what is gathered
@@ -44,6 +57,8 @@ def noted(finish: Callable[..., Any]) -> Callable[..., Any]:
         units = [module for module in loop.model.model.modules() if isinstance(module, FSDPModule)]
         policies = [repr(group.offload_policy) for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
         (folder / f"kept-by-{rank}.json").write_text(json.dumps(policies))
+        (folder / f"reference-by-{rank}.json").write_text(json.dumps(computed))
+        computed.clear()
         return card
 
     return told

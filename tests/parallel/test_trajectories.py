@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,19 @@ def test_the_work_is_shared_and_the_card_says_so(together: Path) -> None:
     size = (together / "ranks.txt").read_text()
     assert card["status"] == "done" and f"{size} processes share the work; rank 0 writes" in card["notes"]
     assert [row["pairs"] for row in rows(together / "dpo", "train")] == [8, 8, 8]
+
+
+def test_each_rank_computes_a_part_of_the_reference(together: Path) -> None:
+    """Every row by one rank and no rank most of them; the next run over the same rows computes none."""
+    notes = json.loads((together / "dpo" / "run.json").read_text())["notes"]
+    (asked,) = re.findall(r"reference log-probs: 0 groups cached, (\d+) to compute", "\n".join(notes))
+    size = int((together / "ranks.txt").read_text())
+    parts = [json.loads(path.read_text()) for path in sorted((together / "dpo").glob("reference-by-*.json"))]
+    rows_of_all = [row for part in parts for row in part]
+    assert len(parts) == size and len(rows_of_all) == len(set(rows_of_all)) == int(asked)
+    assert all(0.5 < len(part) * size / int(asked) < 1.5 for part in parts)
+    again = [json.loads(path.read_text()) for path in (together / "coupled").glob("reference-by-*.json")]
+    assert again == [[]] * size
 
 
 def test_samples_are_those_of_one_process_byte_for_byte(alone: Path, together: Path) -> None:
