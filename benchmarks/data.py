@@ -1,6 +1,6 @@
 """Memory and time of reading, tokenising and planning preference data, against the number of pairs.
 
-    python benchmarks/data.py [--pairs 10000 100000] [--plan 1000000 10000000]   ->  benchmarks/data.json
+    python benchmarks/data.py [--pairs 10000 100000] [--plan 1000000 10000000] [--repeat 10000000]  ->  data.json
 
 Pairs are drawn from a fixed seed: pseudo-words, log-normal lengths with the means of single-turn HH. In processes of
 their own, one after the other:
@@ -9,8 +9,10 @@ their own, one after the other:
     second    the same again: what a later run does
     plan      from what is on disk: the order of an epoch, its optimizer steps, the micro-batches of every step
 
-and for `--plan`, where tokenising would take hours, the plan alone from drawn lengths on disk. Peak memory is resident
-memory (mapped pages included) above that of the process after its imports, CPU time is of all threads.
+and where tokenising would take hours the plan alone: for `--plan` from drawn lengths on disk, for `--repeat` from a
+file of tokens as a run reads it, in which tokenised pairs are written again and again (10 million: 9 GB). Peak memory
+is resident memory (mapped pages included) above that of the process after its imports, CPU time is of all threads.
+Rows of other sizes and parts that data.json holds already are kept.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+
+from preftune.data.token_file import ROWS_AT_ONCE, TokenGroups
 
 BATCH_SIZE, TOKENS_PER_BATCH = 64, 4096
 MEAN = {"prompt": 16, "chosen": 43, "rejected": 33}
 """Words; about a token each."""
+PIECE = 100_000
 HERE = Path(__file__).resolve().parent
 
 
@@ -38,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="*", default=[10_000, 100_000])
     parser.add_argument("--plan", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    parser.add_argument("--repeat", type=int, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=HERE / "data.json")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -47,15 +54,23 @@ def main() -> None:
         return
     from preftune.engine.host import host, versions
 
-    found: dict[str, Any] = {"versions": versions(), "host": host(), "batch_size": BATCH_SIZE, "rows": []}
-    for pairs, parts in [(n, ("first", "second", "plan")) for n in args.pairs] + [(n, ("drawn",)) for n in args.plan]:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write(folder, pairs) if "first" in parts else draw(folder, pairs)
+    found: dict[str, Any] = {"versions": versions(), "host": host(), "batch_size": BATCH_SIZE}
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    kept = {(row["part"], row["pairs"]): row for row in rows}
+    jobs = [(n, write, ("first", "second", "plan")) for n in args.pairs]
+    jobs += [(n, draw, ("drawn",)) for n in args.plan] + [(n, repeat, ("repeated",)) for n in args.repeat]
+    with tempfile.TemporaryDirectory() as piece:
+        if args.repeat:
+            write(Path(piece), PIECE)
+            in_process("first", Path(piece))
+        for pairs, make, parts in jobs:
+            name = piece if make is repeat else tempfile.mkdtemp(dir=piece)
+            make(Path(name), pairs)
             for part in parts:
-                row = {"pairs": pairs, "part": part} | in_process(part, folder)
-                found["rows"].append(row)
+                row = {"pairs": pairs, "part": part} | in_process(part, Path(name))
+                kept[part, pairs] = row
                 print(row, flush=True)
+    found["rows"] = sorted(kept.values(), key=lambda row: (row["part"] in ("drawn", "repeated"), row["pairs"]))
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -107,6 +122,17 @@ def draw(folder: Path, pairs: int) -> None:
         np.save(folder / f"{name}.npy", values)
 
 
+def repeat(folder: Path, pairs: int) -> None:
+    """`tokens.arrow` and `rows.npy` of so many pairs, from whole record batches of those that are tokenised there."""
+    (piece,) = folder.glob("data/*/tokens.arrow")
+    source = pyarrow.ipc.open_file(pyarrow.memory_map(str(piece)))
+    whole = PIECE // ROWS_AT_ONCE
+    with pyarrow.ipc.new_file(str(folder / "tokens.arrow"), source.schema) as file:
+        for number, start in enumerate(range(0, pairs, ROWS_AT_ONCE)):
+            file.write_batch(source.get_batch(number % whole).slice(0, pairs - start))
+    np.save(folder / "rows.npy", np.arange(pairs))
+
+
 class Drawn(Sequence[Any]):
     """Groups of which only the columns are there."""
 
@@ -148,14 +174,16 @@ def reading(folder: Path) -> dict[str, Any]:
 
 
 def planning(folder: Path) -> dict[str, Any]:
-    return plan(read(folder)[0].groups)
+    groups = read(folder)[0].groups
+    return plan(lambda: groups)
 
 
-def plan(groups: Any) -> dict[str, Any]:
+def plan(opened: Callable[[], Any]) -> dict[str, Any]:
     from preftune.data.columns import fed
     from preftune.data.packing import StepPlan, best_fit
 
     measure = Measured()
+    groups = opened()
     steps = StepPlan(groups, batch_size=BATCH_SIZE, seed=0, shuffle=True)
     sizes = fed(groups).astype(np.int32)
     batches = sum(
@@ -195,7 +223,13 @@ def megabytes(folder: Path) -> float:
     return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6, 1)
 
 
-PARTS = {"first": reading, "second": reading, "plan": planning, "drawn": lambda folder: plan(Drawn(folder))}
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "first": reading,
+    "second": reading,
+    "plan": planning,
+    "drawn": lambda folder: plan(lambda: Drawn(folder)),
+    "repeated": lambda folder: plan(lambda: TokenGroups(folder / "tokens.arrow", folder / "rows.npy")),
+}
 
 if __name__ == "__main__":
     main()

@@ -113,6 +113,29 @@ def test_what_the_doctor_notes_comes_back(tmp_path: Path) -> None:
     assert np.concatenate(list(rows.lists("gaps", kept))).tolist() == [-1, -3, -5, -7, -9, -11]
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux, which tells what is mapped")
+def test_columns_leave_no_page_of_the_tokens_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column of a file larger than memory is read through; groups that were looked at before stay what they are."""
+    monkeypatch.setattr(token_file, "BATCHES_MAPPED", 2)
+    ids = np.arange(2000, dtype=np.int32)
+    groups = write(tmp_path, [TokenGroup(ids[: 1000 + n], (ids[:50],)) for n in range(400)], list(range(400)))
+    before = groups[7]
+    assert groups.column("prompt").tolist() == list(range(1000, 1400))
+    assert mapped(tmp_path / "tokens.arrow") < (tmp_path / "tokens.arrow").stat().st_size / 10
+    assert before.prompt.tolist() == list(range(1007)) and groups[399].prompt.tolist() == list(range(1399))
+
+
+def mapped(path: Path) -> int:
+    """Bytes of the file that are resident in this process."""
+    of_file, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            of_file = line.endswith(str(path))
+        elif of_file and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
 def pair(number: int) -> RankedResponses:
     prompt = f"the {number}"
     responses = Response(text=" cat" * (1 + number % 7)), Response(text=" dog")

@@ -47,4 +47,18 @@ FAULTS = [
         "pass",
         "tests/parts/test_outlook.py -k reward",
     ),
+    Fault(
+        "columns: pages of the tokens stay mapped",
+        "src/preftune/data/token_file.py",
+        "self._mapped.madvise(mmap.MADV_DONTNEED)",
+        "pass",
+        "tests/data/test_token_file.py -k no_page",
+    ),
+    Fault(
+        "shares: a scored token costs what a fed one does",
+        "src/preftune/parts/common.py",
+        "return flops(self.shape, Work(fed, 0 if self.feed_last else work.scored, work.attended))",
+        "return flops(self.shape, Work(fed, 0, work.attended))",
+        "tests/parts/test_shares.py -k equal_in_flops",
+    ),
 ]

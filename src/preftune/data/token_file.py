@@ -9,6 +9,7 @@ Writing holds ROWS_AT_ONCE rows.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -24,7 +25,7 @@ from preftune.tensors import Ids, TokenGroup
 
 __all__ = ["Entry", "TokenGroups", "TokenRows", "TokenWriter"]
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE, BATCHES_MAPPED = 4096, 256
 _KEY = pyarrow.binary(16)
 _DIGEST = np.dtype("S16")
 
@@ -199,10 +200,15 @@ class _Batch:
 
 
 class TokenRows:
-    """`tokens.arrow`, mapped: its groups by row number, its other columns whole."""
+    """`tokens.arrow`, mapped: its groups by row number, its other columns whole.
+
+    Columns lie between tokens, so that reading them all maps pages of the whole file: it is let go of as it is read.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        with path.open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = pyarrow.ipc.open_file(pyarrow.py_buffer(self._mapped))
         self._batches: list[_Batch | None] = [None] * self._file.num_record_batches
 
     def group(self, row: int) -> TokenGroup:
@@ -232,7 +238,19 @@ class TokenRows:
 
     def column(self, name: str, dtype: Any) -> NDArray[Any]:
         """A column, whole."""
-        return np.concatenate([np.empty(0, dtype), *self.parts(name)])
+        found, start = np.empty(len(self), dtype), 0
+        for number, part in enumerate(self.parts(name), start=1):
+            found[start : start + len(part)] = part
+            start += len(part)
+            if number % BATCHES_MAPPED == 0:
+                self._let_go()
+        self._let_go()
+        return found
+
+    def _let_go(self) -> None:
+        """Leave the pages to the system, which may have them in its cache; whoever looks again gets them again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def counted(self, name: str) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """(how many values each row has, the values) of a column of lists, in such pieces."""

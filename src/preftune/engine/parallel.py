@@ -48,7 +48,7 @@ class World:
     """Number among the processes of this machine: which accelerator is its own."""
     watch: Watch | None = None
 
-    def share(self, items: Sequence[T], cost: Callable[[T], int]) -> list[T]:
+    def share(self, items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
         """What this rank does of `items`, in their order: the shares of all ranks are a partition, equal in cost.
 
         The costliest first, each to whoever has least: no share exceeds the mean by more than one item. A function of
@@ -57,7 +57,7 @@ class World:
         if self.size == 1:
             return list(items)
         costs = [cost(item) for item in items]
-        loads = [(0, rank) for rank in range(self.size)]
+        loads = [(0.0, rank) for rank in range(self.size)]
         mine = []
         for i in sorted(range(len(items)), key=lambda i: (-costs[i], i)):
             load, rank = loads[0]

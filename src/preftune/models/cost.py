@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from preftune.errors import ArtifactError, ConfigError
+from preftune.errors import ArtifactError, ConfigError, PreftuneError
 from preftune.models.checkpointing import Recomputed
 from preftune.models.head import room_of
 from preftune.models.last_layer import last_feed_forward
@@ -165,6 +165,14 @@ class Shape:
             kept=kept,
             size=dtype.itemsize,
         )
+
+    @classmethod
+    def counted(cls, model: Any) -> Self | None:
+        """Of a loaded model; None where its cost is not counted."""
+        try:
+            return cls.of(model.config, model.dtype)
+        except PreftuneError:
+            return None
 
     def trained(self, rank: int = 0) -> int:
         """Parameters that are trained: all, or those of an adapter of `rank` on every linear layer."""

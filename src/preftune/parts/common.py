@@ -25,6 +25,7 @@ from preftune.errors import ConfigError
 from preftune.models.attention import install, use_backend
 from preftune.models.backends import choose_backend
 from preftune.models.checkpointing import Recomputed, recompute_activations
+from preftune.models.cost import Shape, Work, flops
 from preftune.models.layers import decoder_layers
 from preftune.models.load import LoadedModel, load, save, saved_as_adapter
 from preftune.models.logprobs import check_packing
@@ -59,11 +60,17 @@ class Batching:
     """What memory has been seen to hold, where that is less."""
     recomputed: Recomputed = "none"
     """What of a layer is computed again in the backward pass."""
+    shape: Shape | None = None
+    """Of the model, where several ranks share the work."""
     sharded: bool = False
     """Whether all ranks must compute at once: each keeps a part of the model."""
 
     def share(self, groups: Sequence[TokenGroup]) -> list[TokenGroup]:
-        """This rank's part of the groups, in their order; the parts of all ranks cost the same number of fed tokens."""
+        """This rank's part of the groups, in their order; the parts of all ranks cost the same, to a group.
+
+        In FLOPs, for a token that is scored meets the vocabulary and one in a long row attends to more; where they are
+        not counted, in fed tokens.
+        """
         return self.world.share(groups, self._cost)
 
     def parts(self, groups: Sequence[TokenGroup]) -> Iterator[Sequence[TokenGroup]]:
@@ -76,10 +83,14 @@ class Batching:
         for some in self.parts(groups):
             yield self.fit(self.share(some), work)
 
-    def _cost(self, group: TokenGroup) -> int:
-        if self.packed:
-            return fed_tokens(group, feed_last=self.feed_last)
-        return sum(len(group.prompt) + len(response) for response in group.responses)
+    def _cost(self, group: TokenGroup) -> float:
+        if not self.packed:
+            return sum(len(group.prompt) + len(response) for response in group.responses)
+        fed = fed_tokens(group, feed_last=self.feed_last)
+        if self.shape is None:
+            return fed
+        work = Work.of(len(group.prompt), [len(response) for response in group.responses])
+        return flops(self.shape, Work(fed, 0 if self.feed_last else work.scored, work.attended))
 
     def __call__(self, groups: Sequence[TokenGroup]) -> Iterator[PackedBatch]:
         for batch in micro_batches(
@@ -178,6 +189,7 @@ def open_model(
         world=run.world,
         budget=Budget(run.note),
         recomputed=what,
+        shape=Shape.counted(loaded.model) if run.world.size > 1 else None,
         sharded=sharded,
     )
 

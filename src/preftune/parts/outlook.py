@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from preftune.config.sections import TrainingConfig
 from preftune.data.columns import column
 from preftune.engine.run import Run
-from preftune.errors import PreftuneError
 from preftune.models.cost import MOMENTS, Shape, Work, flops, memory
 from preftune.models.load import LoadedModel
 from preftune.parts.common import Batching
@@ -44,11 +43,8 @@ def outlook(
 
     `steps` are those to come. A model whose last tokens are fed, a reward model, meets no vocabulary.
     """
-    if not batching.packed or cfg.quantize != "none":
-        return
-    try:
-        shape = Shape.of(model.model.config, model.model.dtype)
-    except PreftuneError:
+    shape = Shape.counted(model.model) if batching.packed and cfg.quantize == "none" else None
+    if shape is None:
         return
     if batching.feed_last:
         shape = replace(shape, vocabulary=1)

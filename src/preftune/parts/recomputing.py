@@ -18,7 +18,6 @@ import torch
 from preftune.config.sections import Machine, TrainingConfig
 from preftune.engine.memory import free_memory
 from preftune.engine.run import Run
-from preftune.errors import PreftuneError
 from preftune.models.checkpointing import Recomputed
 from preftune.models.cost import MOMENTS, Shape, Work, memory
 from preftune.parts.planning import USABLE
@@ -54,7 +53,7 @@ def recomputation(
         return "none", cfg.tokens_per_batch  # nothing is learned by it
     world, free = run.world, free_memory(device)
     least = -world.largest(-(free or 0), "free memory")
-    shape = _counted(cfg, model) if packed and least else None
+    shape = Shape.counted(model) if packed and least and cfg.quantize == "none" else None
     if shape is None:
         run.note("activation_checkpointing auto: none, because the memory of this model or device cannot be foreseen")
         return "none", cfg.tokens_per_batch
@@ -74,12 +73,3 @@ def recomputation(
         f"GB beside the weights, {least / 1e9:.3g} GB are free"
     )
     return what, tokens
-
-
-def _counted(cfg: TrainingConfig, model: Any) -> Shape | None:
-    if cfg.quantize != "none":
-        return None
-    try:
-        return Shape.of(model.config, model.dtype)
-    except PreftuneError:
-        return None
