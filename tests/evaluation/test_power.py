@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from preftune.equations.stats import Interval
 from preftune.evaluation.power import (
     Design,
     detectable_win_rate,
     means_design,
+    needed_sentence,
     noise_sentence,
     paired_shares_design,
     power_of,
@@ -113,6 +115,21 @@ def test_the_report_says_it_in_a_sentence() -> None:
     assert noise_sentence(2).startswith("with n = 2 prompts no win rate can be told from noise")
     with pytest.raises(ValueError, match="at least one prompt, not 0"):
         noise_sentence(0)
+
+
+def test_a_win_rate_not_told_from_half_says_how_many_prompts_it_takes() -> None:
+    """The number of `prompts_needed`, ties counted, thousands apart; of 50 % itself none; "" where it is told."""
+
+    def measured(rate: float, half: float = 0.1) -> Interval:
+        return Interval(rate, rate - half, rate + half, 100)
+
+    assert needed_sentence(measured(0.55), 100, ties=0.2) == (
+        f"if 55.0 % is the win rate, it takes {prompts_needed(win_rate_design(0.55, 0.2))} prompts to tell it from "
+        "50 %, not 100 (80 % power, two-sided test at 5 %)"
+    )
+    assert f"takes {prompts_needed(win_rate_design(0.505)):,} prompts" in needed_sentence(measured(0.505), 100)
+    assert needed_sentence(measured(0.5), 100).endswith("no difference that more prompts could show")
+    assert needed_sentence(measured(0.55, half=0.04), 100) == needed_sentence(measured(0.45, half=0.04), 100) == ""
 
 
 def test_what_cannot_be_planned_is_refused() -> None:

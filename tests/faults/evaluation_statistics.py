@@ -139,4 +139,18 @@ FAULTS = [
         "return bootstrap(weighted, n, clusters=None,",
         "tests/judges/test_agreement.py -k one_prompt",
     ),
+    Fault(
+        "power: ties are left out of what a win rate takes",
+        _POWER,
+        "prompts_needed(win_rate_design(rate.estimate, ties), power, alpha)",
+        "prompts_needed(win_rate_design(rate.estimate), power, alpha)",
+        "tests/evaluation/test_power.py -k how_many_prompts_it_takes",
+    ),
+    Fault(
+        "power: what is told from half already is asked for more prompts",
+        _POWER,
+        "if not rate.low <= 0.5 <= rate.high",
+        "if not rate.low <= rate.high",
+        "tests/evaluation/test_power.py -k how_many_prompts_it_takes",
+    ),
 ]

@@ -143,6 +143,11 @@ def test_comparisons_are_of_the_sampled_texts_and_make_the_win_rates(evaluated: 
     board = results["leaderboard"]
     assert board["anchor"] == "base" and {one["model"] for one in board["standings"]} == {"base", "near", "far"}
     assert len(results["length_controlled"]) == 3 and "prompts" in results["noise"][0]
+    open_ones = [r for r in results["win_rates"] if r["rate"]["low"] <= 0.5 <= r["rate"]["high"]]
+    assert [line.partition(": ")[0] for line in results["needed"]] == [
+        f"{r['one']} against {r['other']}" for r in open_ones
+    ]
+    assert open_ones and all("prompts to tell it from 50 %" in line or "exactly" in line for line in results["needed"])
 
 
 def test_best_of_n_of_the_reference_is_an_anchor(evaluated: Path) -> None:

@@ -16,10 +16,13 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from preftune.equations.stats import Interval
+
 __all__ = [
     "Design",
     "detectable_win_rate",
     "means_design",
+    "needed_sentence",
     "noise_sentence",
     "paired_shares_design",
     "power_of",
@@ -145,6 +148,19 @@ def noise_sentence(n: int, ties: float = 0.0, power: float = 0.8, alpha: float =
         return f"with n = {n} prompts no win rate can be told from noise ({shown})"
     return (
         f"with n = {n} prompts a win rate less than {points:.1f} points from 50 % cannot be told from noise ({shown})"
+    )
+
+
+def needed_sentence(rate: Interval, n: int, ties: float = 0.0, power: float = 0.8, alpha: float = 0.05) -> str:
+    """How many prompts would show a win rate that n did not tell from 1/2, were it as measured; "" if they did."""
+    if not rate.low <= 0.5 <= rate.high:
+        return ""
+    if rate.estimate == 0.5:
+        return "a win rate of exactly 50 % is no difference that more prompts could show"
+    needed = prompts_needed(win_rate_design(rate.estimate, ties), power, alpha)
+    return (
+        f"if {100 * rate.estimate:.1f} % is the win rate, it takes {needed:,} prompts to tell it from 50 %, not {n:,} "
+        f"({100 * power:g} % power, two-sided test at {100 * alpha:g} %)"
     )
 
 

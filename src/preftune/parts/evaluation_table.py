@@ -69,7 +69,7 @@ def show(card: RunCard, cfg: EvaluateConfig) -> None:
         if controlled := at_equal_length.get((rate["one"], rate["other"])):
             warnings = "".join(f"; {warning}" for warning in controlled["warnings"])
             console.print(f"  at equal length {interval(controlled['rate'])}{warnings}", soft_wrap=True)
-    for line in dict.fromkeys(results.get("noise", ())):
+    for line in dict.fromkeys([*results.get("noise", ()), *results.get("needed", ())]):
         console.print(f"  {line}", soft_wrap=True)
     if board := results.get("leaderboard"):
         _show_board(console, board)

@@ -13,8 +13,8 @@ from preftune.config.loop import LabelConfig
 from preftune.engine.run import Run
 from preftune.evaluation.leaderboard import leaderboard
 from preftune.evaluation.length_control import length_controlled
-from preftune.evaluation.power import noise_sentence
-from preftune.evaluation.win_rate import matches, win_rate, win_rates
+from preftune.evaluation.power import needed_sentence, noise_sentence
+from preftune.evaluation.win_rate import WinRate, matches, win_rate, win_rates
 from preftune.judges.contract import Comparison, Judge, Verdict
 from preftune.judges.scores import ScoreJudge
 from preftune.parts.judging import open_judges, verdicts_on
@@ -47,13 +47,23 @@ def compared(field: Sequence[Measured], cfg: EvaluateConfig, run: Run) -> tuple[
     results: dict[str, Any] = {
         "win_rates": rates,
         "length_controlled": [length_controlled(found, rate.one, rate.other, seed=cfg.seed) for rate in decided],
-        "noise": [noise_sentence(rate.prompts, (rate.ties + rate.both_bad) / rate.rate.n) for rate in decided],
+        "noise": [noise_sentence(rate.prompts, _tied(rate)) for rate in decided],
+        "needed": [
+            f"{rate.one} against {rate.other}: {told}"
+            for rate in decided
+            if (told := needed_sentence(rate.rate, rate.prompts, _tied(rate)))
+        ],
     }
     if len(models) > 1 and decided:
         results["leaderboard"] = leaderboard(found, anchor=reference.name, seed=cfg.seed)
     if len(rates and rates[0].judges) > 1:
         results["by_judge"] = [win_rates(found, one.name, other.name, seed=cfg.seed) for one, other in pairings]
     return verdicts, results
+
+
+def _tied(rate: WinRate) -> float:
+    """The share of its verdicts that are ties."""
+    return (rate.ties + rate.both_bad) / rate.rate.n
 
 
 def _comparisons(one: Measured, other: Measured) -> Iterator[Comparison]:
