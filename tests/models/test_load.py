@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from preftune.data.packing import pack
 from preftune.errors import ArtifactError, RunError
 from preftune.models.attention import install
+from preftune.models.folder import find
 from preftune.models.load import active_dropouts, load, save, weights_sha256
 from preftune.models.logprobs import check_packing, score
+from preftune.models.outline import read_configuration
 from preftune.tensors import TokenGroup
 
 FLOAT32 = torch.float32
@@ -137,7 +139,17 @@ def test_a_hub_name_that_cannot_be_had_says_so() -> None:
     assert refusal("nobody/nothing").startswith("no folder nobody/nothing, and the hub gives no model of that name (")
 
 
-def test_a_run_folder_points_to_the_model_inside(folder: Path) -> None:
+def test_a_run_is_its_model(folder: Path, tmp_path: Path) -> None:
+    """Whoever names `runs/sft` means `runs/sft/model`: not a folder that is a model itself."""
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    inside, run = load(tmp_path / "run" / "model", dtype=FLOAT32), load(tmp_path / "run", dtype=FLOAT32)
+    assert (run.weights_sha256, run.tokenizer_sha256) == (inside.weights_sha256, inside.tokenizer_sha256)
+    assert read_configuration(str(tmp_path / "run")).hidden_size == inside.model.config.hidden_size
+    shutil.copytree(folder, folder / "model")
+    assert find(folder) == folder and find(tmp_path / "run") == tmp_path / "run" / "model"
+
+
+def test_a_folder_above_models_names_one(folder: Path) -> None:
     assert refusal(folder.parent) == (
         f"{folder.parent} has no config.json and so is not a model folder; {folder} has one"
     )

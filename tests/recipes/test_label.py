@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,14 @@ def test_an_impossible_judge_is_refused(
     assert cli(["label", "--samples", samples, "--judge", judge, "--out", str(tmp_path / "out")]) == 2
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_samples_that_never_ended_say_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too small a max_tokens leaves nothing to compare: the count, and the setting, in one line."""
+    cut = [Response(text=text, finished=False) for text in "abc"]
+    samples = write(tmp_path / "s.jsonl", [replace(row("p", "a"), responses=tuple(cut))])
+    assert cli(["label", "--samples", samples, "--judge", "rule:length", "--out", str(tmp_path / "out")]) == 2
+    assert "; left out: 3 unfinished comparisons; sample with a larger --max_tokens, or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

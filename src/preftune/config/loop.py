@@ -21,7 +21,9 @@ class SampleConfig(Settings):
     """Responses of a model to prompts."""
 
     model: str | None = Field(
-        None, min_length=1, description="Hugging Face folder or hub name of the model that answers; or give engine"
+        None,
+        min_length=1,
+        description="Hugging Face or run folder, or hub name, of the model that answers; or give engine",
     )
     prompts: str = Field(
         min_length=1, description="file, folder or hub data set in any layout; each prompt is asked once"

@@ -17,7 +17,7 @@ __all__ = ["PpoConfig", "Rollouts", "Rules"]
 class Rollouts(Settings):
     """Models, prompts and sampling"""
 
-    model: str = Field(min_length=1, description="Hugging Face folder or hub name of the model to start from")
+    model: str = Field(min_length=1, description="Hugging Face or run folder, or hub name, of the model to start from")
     reward: str = Field(
         min_length=1,
         description="what scores responses: reward:RUN, rule:length, rule:regex:PATTERN, rule:json, rule:reviews, "
@@ -128,11 +128,6 @@ class PpoConfig(Folder, Machine, Adapting, Optimization, Rules, Rollouts):
     def _rules_fit(self, info: ValidationInfo) -> Self:
         responses = self.batch_size * self.n
         wrong: list[tuple[str, bool, str]] = [
-            (
-                "shard",
-                self.shard,
-                "a sharded policy would need every process for each token that one of them samples; leave shard out",
-            ),
             (
                 "n",
                 self.algorithm == "rloo" and self.n < 2,

@@ -31,7 +31,7 @@ class Reading(Settings):
     formats: ClassVar[Mapping[str, Layout]] = DEMONSTRATIONS
     """The layouts this stage reads, besides `auto`: every preference layout holds demonstrations too."""
 
-    model: str = Field(min_length=1, description="Hugging Face folder or hub name of the model to start from")
+    model: str = Field(min_length=1, description="Hugging Face or run folder, or hub name, of the model to start from")
     data: str = Field(min_length=1, description="file, folder or hub data set to read")
     eval_data: str | None = Field(
         None, min_length=1, description="held-out data; a prompt it shares is never trained on"

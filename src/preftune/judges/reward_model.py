@@ -37,8 +37,7 @@ def load_scorer(
     The ranks of `together` make each call at the same time and share its micro-batches.
     Raises ArtifactError when it is no reward model; when called, DataError for a prompt that cannot be rendered.
     """
-    model_folder = Path(folder) / "model" if (Path(folder) / "model" / "config.json").exists() else folder
-    loaded = load_reward_model(model_folder, dtype=dtype, device=device, trained=True)
+    loaded = load_reward_model(folder, dtype=dtype, device=device, trained=True)
     model, tokenizer = loaded.model, loaded.tokenizer
     packed = install(model) is None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from preftune.errors import ArtifactError
 
-__all__ = ["ADAPTER", "base_of", "find", "is_adapter", "locate", "read_json", "tokenizer_folder"]
+__all__ = ["ADAPTER", "base_of", "find", "is_adapter", "locate", "of_run", "read_json", "tokenizer_folder"]
 
 ADAPTER = "adapter_config.json"
 
@@ -47,12 +47,22 @@ def locate(name: str | Path) -> Path:
 
 
 def find(name: str | Path) -> Path:
-    """The folder of that name, whatever it holds: a local one, else a download from the hub. Raises ArtifactError."""
+    """The folder of that name: local (of a run its `model/`), or a download from the hub. Raises ArtifactError."""
     local = Path(name).expanduser()
-    folder = local if local.exists() else _download(str(name), local)
+    folder = of_run(local) if local.exists() else _download(str(name), local)
     if not folder.is_dir():
         raise ArtifactError(f"{name} is a file; a model is the folder that holds config.json and model.safetensors")
     return folder
+
+
+def of_run(folder: Path) -> Path:
+    """The model of a run folder, `RUN/model`; any other folder is itself."""
+    inside = folder / "model"
+    return inside if not _is_model(folder) and _is_model(inside) else folder
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("config.json", ADAPTER))
 
 
 def is_adapter(folder: Path) -> bool:

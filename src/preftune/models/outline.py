@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer
 
 from preftune.errors import ArtifactError
+from preftune.models.folder import of_run
 
 __all__ = ["read_configuration", "read_tokenizer"]
 
@@ -27,7 +28,7 @@ def read_tokenizer(name: str) -> Any:
 
 def _read(name: str, kind: Any, what: str) -> Any:
     try:
-        local = Path(name).expanduser()
+        local = of_run(Path(name).expanduser())
         folder = (
             local if local.exists() else Path(snapshot_download(name, allow_patterns=_SMALL, ignore_patterns="*/*"))
         )

@@ -14,6 +14,7 @@ from torch import nn
 from preftune.config.sections import Adapting
 from preftune.errors import ConfigError
 from preftune.models.adapters import Adapter, AdapterSpec, Base, adapter_of, attach
+from preftune.models.folder import of_run
 from preftune.models.load import LoadedModel, load
 
 __all__ = ["to_train"]
@@ -75,5 +76,5 @@ def _refuse_another(name: str | Path, carried: Adapter, cfg: Adapting) -> None:
 
 def _lasting(name: str | Path) -> str:
     """A name that finds the model from any working folder."""
-    folder = Path(name).expanduser()
+    folder = of_run(Path(name).expanduser())
     return str(folder.resolve()) if folder.exists() else str(name)

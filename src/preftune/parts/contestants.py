@@ -29,7 +29,7 @@ from preftune.engine.parallel import World
 from preftune.engine.run import Run
 from preftune.errors import ArtifactError, DataError
 from preftune.models.attention import install
-from preftune.models.folder import ADAPTER
+from preftune.models.folder import of_run
 from preftune.models.generate import draw, plan
 from preftune.models.load import LoadedModel, load
 from preftune.parts.room import reader, with_room
@@ -107,8 +107,7 @@ def read_prompts(cfg: EvaluateConfig, run: Run) -> list[tuple[Prompt, str]]:
 
 def model_folder(name: str) -> str:
     """That of a run, `RUN/model`; any other name stays as it is."""
-    inside = Path(name) / "model"
-    return str(inside) if any((inside / file).exists() for file in ("config.json", ADAPTER)) else name
+    return str(of_run(Path(name)))
 
 
 def machine(cfg: EvaluateConfig, ranks: World) -> tuple[torch.device, torch.dtype]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +20,19 @@ from preftune.data.sources import open_source
 from preftune.engine.optim import Optimizer
 from preftune.engine.parallel import ALONE, World
 from preftune.engine.run import Run
+from preftune.engine.sharding import own_part, weights_of
 from preftune.errors import ConfigError, DataError, RunError
 from preftune.judges.scores import Scorer
-from preftune.models.adapters import copy_beside
-from preftune.models.folder import ADAPTER
+from preftune.models.folder import of_run
 from preftune.models.generate import encode_prompt
 from preftune.models.load import LoadedModel
 from preftune.models.reward_head import load_reward_model
-from preftune.models.value_head import critic_of
+from preftune.models.value_head import critic_of, with_value_head
 from preftune.parts.adapting import to_train
 from preftune.parts.common import Batching, open_model
 from preftune.parts.fitting import Budget, shorter_answers
 from preftune.parts.policy_step import Learner
+from preftune.parts.reference import anchor
 from preftune.parts.rollouts import Models, Sampling, answered
 from preftune.parts.room import Reader, with_room
 from preftune.records import Prompt
@@ -58,44 +60,57 @@ def open_models(cfg: PpoConfig, run: Run) -> tuple[LoadedModel, Models, Batching
     Raises ConfigError when one of them has another vocabulary than the policy.
     """
     policy, batching = open_model(cfg.model, cfg, run, read=to_train(cfg, cfg.seed))
-    packed, reference, critic = batching.packed, None, None
-    if cfg.reference:
-        other, theirs = open_model(cfg.reference, cfg, run, role="reference")
-        rows = [len(m.model.get_input_embeddings().weight) for m in (other, policy)]
-        if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab() or rows[0] != rows[1]:
-            raise ConfigError(
-                f"reference {cfg.reference} has another vocabulary than model {cfg.model}: log-probs of different "
-                "tokens cannot be compared; choose a reference with the model's tokenizer"
-            )
-        reference, packed = other.model, packed and theirs.packed
+    other, theirs = anchor(cfg, policy, batching, run)
+    rows = [len(m.model.get_input_embeddings().weight) for m in (other, policy)]
+    if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab() or rows[0] != rows[1]:
+        raise ConfigError(
+            f"reference {cfg.reference} has another vocabulary than model {cfg.model}: log-probs of different "
+            "tokens cannot be compared; choose a reference with the model's tokenizer"
+        )
+    packed, critic = batching.packed and theirs.packed, None
     if cfg.algorithm == "ppo":
-        start, theirs = _critic_start(cfg, policy, batching, run)
-        critic, packed = critic_of(start.model), packed and theirs.packed
-    reference = (reference or copy_beside(policy.model)).requires_grad_(False).eval()
+        critic, theirs = _critic(cfg, policy, batching, run)
+        packed = packed and theirs.packed
     batching = replace(batching, packed=packed, budget=Budget(run.note, shorter=shorter_answers))
-    return policy, Models(policy.model, reference, critic, policy.tokenizer), batching
+    return policy, Models(policy.model, other.model, critic, policy.tokenizer), batching
 
 
-def _critic_start(cfg: PpoConfig, policy: LoadedModel, batching: Batching, run: Run) -> tuple[LoadedModel, Batching]:
-    """What the critic is a copy of: the model of `--critic`, else the reward model, else the policy."""
+def _critic(cfg: PpoConfig, policy: LoadedModel, batching: Batching, run: Run) -> tuple[Any, Batching]:
+    """A copy of the model of `--critic`, else of the reward model, else of the policy, with a value head."""
     kind, _, rest = cfg.reward.partition(":")
     named = cfg.critic or (rest if kind == "reward" else None)
+
+    def of_policy(why: str = "") -> tuple[Any, Batching]:
+        run.note(f"critic: a copy of the policy, value 0 everywhere{why}")
+        if not batching.sharded:
+            return critic_of(policy.model), batching
+        again, theirs = open_model(cfg.model, cfg, run, role="critic", read=_valued(to_train(cfg, cfg.seed)))
+        return again.model, theirs
+
     if named is None:
-        run.note("critic: a copy of the policy, value 0 everywhere")
-        return policy, batching
-    folder = str(_model_of(named))
+        return of_policy()
+    folder = str(of_run(Path(named)))
     read = to_train(cfg, cfg.seed, partial(load_reward_model, seed=cfg.seed))
-    loaded, theirs = open_model(folder, cfg, run, role="critic", read=read)
+    loaded, theirs = open_model(folder, cfg, run, role="critic", read=_valued(read))
     if policy.tokenizer.get_vocab().items() <= loaded.tokenizer.get_vocab().items():
         run.note(f"critic: a copy of {folder}, value 0 everywhere")
-        return loaded, theirs
+        return loaded.model, theirs
     if cfg.critic:
         raise ConfigError(
             f"critic {cfg.critic} does not know the vocabulary of model {cfg.model}: it reads the policy's tokens; "
             "choose one with the model's tokenizer, or leave critic out"
         )
-    run.note("critic: a copy of the policy, value 0 everywhere, because the reward model has another vocabulary")
-    return policy, batching
+    return of_policy(", because the reward model has another vocabulary")
+
+
+def _valued(read: Callable[..., LoadedModel]) -> Callable[..., LoadedModel]:
+    """`read`, with a value head in place of the model's."""
+
+    def prepared(name: str | Path, **options: Any) -> LoadedModel:
+        loaded = read(name, **options)
+        return replace(loaded, model=with_value_head(loaded.model))
+
+    return prepared
 
 
 def reward_hashes(cfg: PpoConfig) -> dict[str, str]:
@@ -104,16 +119,10 @@ def reward_hashes(cfg: PpoConfig) -> dict[str, str]:
     if kind not in ("reward", "policy"):
         return {}
     digest = hashlib.sha256()
-    for path in sorted(_model_of(rest.partition(",")[0]).glob("*.safetensors")):
+    for path in sorted(of_run(Path(rest.partition(",")[0])).glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return {"reward_weights": digest.hexdigest()}
-
-
-def _model_of(name: str) -> Path:
-    """The model folder of a run, or the folder itself."""
-    inside = Path(name) / "model"
-    return inside if any((inside / file).exists() for file in ("config.json", ADAPTER)) else Path(name)
 
 
 def read_prompts(
@@ -154,22 +163,22 @@ class Within:
 
     @classmethod
     def of(cls, policy: nn.Module, max_kl: float | None) -> Within:
-        named = policy.named_parameters() if max_kl is not None else ()
+        named = weights_of(policy) if max_kl is not None else ()
         return cls({f"within/{name}": weight.detach().clone() for name, weight in named if weight.requires_grad})
 
     @torch.no_grad()
     def keep(self, policy: nn.Module) -> None:
         for mine, weight in zip(self.tensors.values(), _trained(policy), strict=bool(self.tensors)):
-            mine.copy_(weight)
+            own_part(mine)[0].copy_(own_part(weight)[0])
 
     @torch.no_grad()
     def restore(self, policy: nn.Module) -> None:
         for mine, weight in zip(self.tensors.values(), _trained(policy), strict=True):
-            weight.copy_(mine)
+            own_part(weight)[0].copy_(own_part(mine)[0])
 
 
 def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (weight for weight in model.parameters() if weight.requires_grad)
+    return (weight for _, weight in weights_of(model) if weight.requires_grad)
 
 
 def critic_learner(cfg: PpoConfig, models: Models, world: World = ALONE) -> Learner | None:

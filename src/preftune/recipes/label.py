@@ -68,7 +68,13 @@ def main(cfg: LabelConfig) -> RunCard:
     asked = questions(rows, cfg.samples)
     comparisons = sum(len(question.comparisons) for question in asked)
     if not comparisons:
-        raise DataError(f"{cfg.samples}: none of {len(rows)} rows holds two responses that are finished and not empty")
+        left_out = sum((question.left_out for question in asked), Counter[str]())
+        why = "; left out: " + ", ".join(f"{count} {kind} comparisons" for kind, count in left_out.items())
+        advice = "; sample with a larger --max_tokens, or train the model to end" * bool(left_out["unfinished"])
+        raise DataError(
+            f"{cfg.samples}: none of {len(rows)} rows holds two responses that are finished and not empty"
+            f"{why * bool(left_out)}{advice}"
+        )
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with open_judges(cfg) as judges, _opened(cfg) as run:
         verdicts = [_ask(judge, asked, cfg, run) for judge in judges]
