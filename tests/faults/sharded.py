@@ -107,16 +107,16 @@ FAULTS = [
     Fault(
         "sharded: a reference is kept as if it learned",
         _COMMON,
-        'if role != "model":',
+        'if role not in ("model", "critic"):',
         "if False:",
-        f"{_SHARDED} moving_reference",
+        f"{_SHARDED} moved_reference",
     ),
     Fault(
         "sharded: of a moving reference rank 0's rows are saved as all",
         _COMMON,
         "self.optimizer.rows() | rows",
         "self.optimizer.rows()",
-        f"{_SHARDED} moving_reference",
+        f"{_SHARDED} one_process_ends",
     ),
     Fault(
         "sharded: an adapter folder is written from parts",

@@ -18,6 +18,7 @@ is gathered, their gradients back after its backward. The optimizer works where 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from preftune.engine.parallel import World
 
-__all__ = ["Rows", "free", "gathered", "own_part", "shard", "weights_of"]
+__all__ = ["Rows", "free", "gathered", "own_part", "shard", "weights_of", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,32 @@ def free(model: Any) -> None:
     """Let go of what a sharded model has gathered: what is written into its parts counts from now on."""
     if hasattr(model, "preftune_whole"):
         model.reshard()
+
+
+@contextmanager
+def whole(model: Any, world: World, what: str) -> Iterator[None]:
+    """Inside, every weight of a sharded model is gathered and stays so: a forward needs no other rank.
+
+    For `what`: work in which each rank has another number of forwards. All ranks enter together. A model that is not
+    sharded is whole anyway.
+    """
+    if not hasattr(model, "preftune_whole"):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    with world.in_step(what), torch.no_grad():
+        model.preftune_whole(lambda: None)  # before its units, or one of them would take itself for the root
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()
 
 
 def own_part(parameter: Any) -> tuple[Tensor, Rows | None]:

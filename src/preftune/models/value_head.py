@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from preftune.errors import ArtifactError
 from preftune.models.adapters import adapter_of, copy_beside
+from preftune.models.layers import computed
 from preftune.models.logprobs import hidden_states
 from preftune.tensors import PackedBatch
 
-__all__ = ["critic_of", "token_values"]
+__all__ = ["critic_of", "token_values", "with_value_head"]
 
 
 def critic_of(model: Any) -> Any:
@@ -29,8 +30,12 @@ def critic_of(model: Any) -> Any:
     `model`. It has its dtype and device, and no random number is drawn. Prepare `model` with
     `attention.install` first, or the copy afterwards. Raises ArtifactError when no linear head is found.
     """
-    critic = copy_beside(model)
-    if adapter_of(model) is None:
+    return with_value_head(copy_beside(model))
+
+
+def with_value_head(critic: Any) -> Any:
+    """`critic_of`, of the model itself."""
+    if adapter_of(critic) is None:
         critic.requires_grad_(True)
     old = _head(critic)
     head = nn.utils.skip_init(nn.Linear, old.in_features, 1, device=old.weight.device, dtype=old.weight.dtype)
@@ -49,10 +54,14 @@ def token_values(critic: Any, batch: PackedBatch) -> Tensor:
 
     float32 (float64 from a float64 critic), ordered as the scored tokens: V(s_t) has seen the prompt and y_<t, not y_t.
     """
-    hidden_Cd = hidden_states(critic, batch, batch.predict_at)
-    head = _head(critic)
-    wide = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
-    return (hidden_Cd.to(wide) * head.weight[0].to(wide)).sum(-1) + head.bias.to(wide)
+
+    def values() -> Tensor:
+        hidden_Cd = hidden_states(critic, batch, batch.predict_at)
+        head = _head(critic)
+        wide = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        return (hidden_Cd.to(wide) * head.weight[0].to(wide)).sum(-1) + head.bias.to(wide)
+
+    return computed(critic, values)
 
 
 def _head(model: Any) -> nn.Linear:

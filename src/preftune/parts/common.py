@@ -165,7 +165,7 @@ def open_model(
         what, tokens = recomputation(cfg, loaded.model, device, run, packed=reason is None, role=role)
     recompute_activations(loaded.model, what)
     if sharded:
-        if role != "model":
+        if role not in ("model", "critic"):
             loaded.model.requires_grad_(False)  # nothing is learned by it, and a frozen part is half as large
         shard(loaded.model, decoder_layers(loaded.model), run.world, device, offload=cfg.offload)
         where = " in the computer's memory" if cfg.offload else ""
@@ -322,6 +322,8 @@ class Loop:
         """What of the recipe's tensors is on this rank, sharing their memory, and which rows, the optimizer's too."""
         parts = {name: own_part(tensor) for name, tensor in self._tensors().items()}
         rows = {name: rows for name, (_, rows) in parts.items() if rows}
+        for name, other in self._further.items():
+            rows |= {f"{name}/{key}": part for key, part in other.rows().items()}
         return {name: part for name, (part, _) in parts.items()}, self.optimizer.rows() | rows
 
     def _save(self, where: Checkpoints) -> None:

@@ -128,6 +128,9 @@ def _ppo_gradient(
         old, advantage, value, target = _tokens(rows, rollout.mask, *tables)
         logps = score_tokens(policy.model, batch, temperature=rollout.temperature).logps
         values = token_values(critic.model, batch)
+        if not batch.groups:  # this rank has no row left, but the others need its part of the weights
+            (logps.sum() + values.sum()).backward()
+            continue
         policy_loss = clipped_policy_loss(logps, old, advantage, clip=knobs.clip)
         value_loss = clipped_value_loss(values, value, target, clip=knobs.value_clip)
         ((policy_loss.sum() + value_loss.sum()) / tokens).backward()
@@ -170,6 +173,9 @@ def rloo_update(
         for batch, rows in zip(batches, rows_of(batches, rollout.groups), strict=True):
             (old,) = _tokens(rows, rollout.mask, rollout.logps)
             logps = score_tokens(policy.model, batch, temperature=rollout.temperature).logps
+            if not batch.groups:  # as above
+                logps.sum().backward()
+                continue
             loss = policy_gradient_loss(ResponseLogps.from_tokens(logps, batch.lengths).policy, advantages[rows])
             (loss.sum() / responses).backward()
             seen.add(len(loss), policy_loss=loss.detach().mean())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from preftune.config.rl import PpoConfig
 from preftune.config.stages import DpoConfig
 from preftune.engine.reference_cache import ReferenceCache
 from preftune.engine.run import Run
@@ -16,14 +17,14 @@ from preftune.engine.sharding import own_part, weights_of
 from preftune.equations.objective import Objective
 from preftune.errors import ArtifactError, ConfigError, ReferenceMismatch
 from preftune.models.adapters import adapter_of, copy_beside
-from preftune.models.load import LoadedModel, load
+from preftune.models.load import LoadedModel
 from preftune.models.logprobs import score
 from preftune.parts.adapting import to_train
 from preftune.parts.common import Batching, open_model
 from preftune.parts.fitting import attempt
 from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup
 
-__all__ = ["LiveReference", "Reference", "certify_start"]
+__all__ = ["LiveReference", "Reference", "anchor", "certify_start"]
 
 # Allowed |log pi - log pi_ref| at step 0, nats per square root of a token: two packings of the same weights differ by
 # rounding only, and rounding errors of single tokens are independent.
@@ -100,14 +101,9 @@ class LiveReference:
 
     @classmethod
     def of(cls, cfg: DpoConfig, policy: LoadedModel, batching: Batching, run: Run) -> LiveReference:
-        """A frozen copy of the policy as it starts, or the model of `--reference`.
-
-        Parts are not copied: beside a sharded policy the model it starts from is read once more.
-        """
-        name = cfg.reference or (cfg.model if batching.sharded else None)
-        read = load if cfg.reference else to_train(cfg, cfg.seed)
-        loaded = open_model(name, cfg, run, role="reference", read=read)[0] if name else policy
-        model = loaded.model if name else copy_beside(policy.model)
+        """A frozen copy of the policy as it starts, or the model of `--reference`."""
+        loaded, _ = anchor(cfg, policy, batching, run)
+        model = loaded.model
         _refuse_other_vocabulary(cfg, loaded, policy)
         moves = cfg.reference_moves()
         if moves and (moves[1] != 1 or cfg.reference) and (adapter_of(model) or adapter_of(policy.model)):
@@ -118,7 +114,7 @@ class LiveReference:
         course = "fixed" if moves is None else f"moved every {moves[0]} steps by {moves[1]:g} of the policy"
         run.note(f"reference in memory beside the policy, {course}")
         same = loaded.weights_sha256 == policy.weights_sha256
-        return cls(model.requires_grad_(False).eval(), same, moves)
+        return cls(model, same, moves)
 
     @torch.no_grad()
     def after_step(self, step: int, policy: nn.Module) -> None:
@@ -143,6 +139,23 @@ class LiveReference:
         if adapter_of(self.model):
             moving = ((name, parameter) for name, parameter in moving if ".lora_" in name)
         return {f"reference.{name}": parameter for name, parameter in moving}
+
+
+def anchor(
+    cfg: DpoConfig | PpoConfig, policy: LoadedModel, batching: Batching, run: Run
+) -> tuple[LoadedModel, Batching]:
+    """A frozen model beside the policy: that of `--reference`, else the policy as it starts.
+
+    Parts are not copied: beside a sharded policy the model it starts from is read once more.
+    """
+    if cfg.reference:
+        loaded, batching = open_model(cfg.reference, cfg, run, role="reference")
+    elif batching.sharded:
+        loaded, batching = open_model(cfg.model, cfg, run, role="reference", read=to_train(cfg, cfg.seed))
+    else:
+        loaded = replace(policy, model=copy_beside(policy.model))
+    loaded.model.requires_grad_(False).eval()
+    return loaded, batching
 
 
 def certify_start(

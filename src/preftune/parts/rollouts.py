@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from preftune.engine.parallel import World
+from preftune.engine.sharding import whole
 from preftune.equations.policy_gradient import standardised, with_missing_eos
 from preftune.errors import NotFinite, RunError
 from preftune.judges.scores import Scorer
@@ -126,10 +127,11 @@ def answered(
     """Responses and scores, [prompt][response]; each prompt is answered and scored by one rank and known to all."""
     mine = world.share(range(len(prompts)), lambda i: 1)
     asked = [prompts[i] for i in mine]
-    drawn = draw(
-        model, tokenizer, asked, n=sampling.n, temperature=sampling.temperature,
-        max_tokens=sampling.max_tokens, seed=seed, batch_size=sampling.at_once,
-    )  # fmt: skip
+    with whole(model, world, "the weights to draw with"):  # each rank draws another number of tokens
+        drawn = draw(
+            model, tokenizer, asked, n=sampling.n, temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens, seed=seed, batch_size=sampling.at_once,
+        )  # fmt: skip
     scores = scored(score, asked, drawn)
     if world.size == 1:
         return drawn, scores
@@ -195,7 +197,9 @@ def rows_of(batches: Iterable[PackedBatch], groups: Sequence[TokenGroup]) -> lis
         first[id(group)] = start
         start += len(group.responses)
     return [
-        torch.tensor([first[id(group)] + i for group in batch.groups for i in range(len(group.responses))])
+        torch.tensor(
+            [first[id(group)] + i for group in batch.groups for i in range(len(group.responses))], dtype=torch.int64
+        )
         for batch in batches
     ]
 
