@@ -181,6 +181,19 @@ def test_bf16_gradients_of_many_micro_batches_are_summed_in_float32() -> None:
     assert ours < 2e-3 < 2e-2 < naive, (ours, naive)
 
 
+@pytest.mark.parametrize("piece", [1, 5, 64, optim.ADDED])
+def test_a_sum_made_piece_by_piece_has_the_bits_of_one_addition(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 += bfloat16, whatever the size of a piece and whether it divides the tensor, of a turned gradient too."""
+    monkeypatch.setattr(optim, "ADDED", piece)
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((1,), (64,), (13, 11), (3, 4, 5)):
+        total = torch.randn(shape, generator=draw)
+        gradient = torch.randn(shape[::-1], generator=draw).bfloat16().permute(*reversed(range(len(shape))))
+        plain, ours = total.clone().add_(gradient), total.clone()
+        optim._add(ours, gradient)
+        assert torch.equal(ours, plain) and not torch.equal(ours, total)
+
+
 def ten_losses(dtype: torch.dtype, lr: float = 1e-6) -> tuple[list[float], Net]:
     """DPO with beta = 1 on one batch of 8 pairs: the model against its own start."""
     model, (chosen, rejected) = Net(dtype, width=256), data(width=256)

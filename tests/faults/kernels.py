@@ -79,6 +79,13 @@ FAULTS = [
         f"{_PLAN} block_mask",
     ),
     Fault(
+        "memory: large buffers go back to the kernel after every use",
+        "src/preftune/engine/memory.py",
+        "        mallopt(_MMAP_THRESHOLD, _LIMIT)\n",
+        "",
+        "tests/engine/test_freed_memory.py",
+    ),
+    Fault(
         "memory: the gradients of a failed attempt stay",
         _FITTING,
         "        forget()\n        gc.collect()",

@@ -15,6 +15,13 @@ _ENDS = 'tests/parallel/test_ends.py -m "not slow" -k'
 
 FAULTS = [
     Fault(
+        "processes: every rank computes the whole reference",
+        "src/preftune/parts/reference.py",
+        "        mine = batching.share(some)\n",
+        "        mine = list(some)\n",
+        f"{_TOGETHER} part_of_the_reference",
+    ),
+    Fault(
         "processes: every rank does all of the work",
         _PARALLEL,
         "            if rank == self.rank:\n",

@@ -1,0 +1,47 @@
+"""Freed memory that stays in the process changes no number, and saves the pages it is there to save."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+STEPS = """
+import hashlib, json, resource, sys
+import torch
+from preftune.engine.memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.SiLU(), torch.nn.Linear(2048, 512))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(12):
+    if step == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    loss = model(torch.randn(512, 512)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+bits = b"".join(weight.detach().numpy().tobytes() for weight in model.parameters())
+pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(json.dumps({"weights": hashlib.sha256(bits).hexdigest(), "loss": loss.item(), "pages": pages}))
+"""
+
+
+def steps(how: str) -> dict[str, Any]:
+    """Of twelve steps in a process of their own: last loss, hash of the weights, pages taken after the fourth."""
+    found = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True)
+    return dict(json.loads(found.stdout))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep freed memory")
+def test_the_bits_are_those_of_the_plain_path_and_pages_are_taken_once() -> None:
+    """Weights and loss after twelve steps, to the bit; the buffers of later steps are those of earlier ones."""
+    plain, kept = steps("plain"), steps("kept")
+    assert (kept["weights"], kept["loss"]) == (plain["weights"], plain["loss"])
+    assert kept["pages"] < plain["pages"] / 4
