@@ -203,4 +203,11 @@ FAULTS = [
         "probs = torch.softmax(logits_BV.double(), dim=-1)",
         "tests/models/test_generate.py -k distribution",
     ),
+    Fault(
+        "sampling: logits that are no law make a token",
+        "src/preftune/models/generate.py",
+        "if not all(map(math.isfinite, told))",
+        "if not told",
+        "tests/models/test_generate.py -k no_law",
+    ),
 ]

@@ -1,5 +1,6 @@
 """Sampling: the right distribution, reproducible, independent of the batch."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -11,7 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, NotFinite
 from preftune.models.attention import install
 from preftune.models.fresh import tiny_llama, word_tokenizer
 from preftune.models.generate import sample
@@ -233,6 +234,17 @@ def test_progress_counts_every_prompt_once(model):
     told = []
     sample(model, Ids(), ["1", "1 3", "1 4", "1 5", "3"], n=2, max_tokens=2, batch_size=4, progress=told.append)
     assert told == [2, 2, 1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_p": 0.9}], ids=["whole", "greedy", "cut"])
+def test_a_model_that_gives_no_law_is_an_error_and_no_token(model, value, settings):
+    """NaN or infinite weights: the error says so, at any temperature and cut, before an answer is made of it."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(value)
+    with pytest.raises(NotFinite, match="where token 1 of an answer is drawn: there is no law to draw from"):
+        sample(broken, Ids(), ["1 3"], max_tokens=2, **settings)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from preftune.cli import main as cli
 from preftune.config.rl import OF_PPO
 from preftune.engine.run import Run
-from preftune.errors import ConfigError, DataError, ResumeMismatch, RunError, UserError
+from preftune.errors import ConfigError, DataError, NotFinite, ResumeMismatch, RunError, UserError
 from preftune.models.load import save
 from preftune.models.reward_head import load_reward_model
 from preftune.recipes import ppo
@@ -216,6 +216,19 @@ def test_a_first_ratio_that_is_not_one_stops_the_run(
     monkeypatch.setattr(ppo, "roll_out", lambda *a, **k: (r := whole(*a, **k)) and replace(r, logps=r.logps - 0.01))
     with pytest.raises(RunError, match=r"before the first update the policy is 5e-05 nats per token from its own"):
         ppo.main(config(tiny_model_folder, asked[0], tmp_path / "run"))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_a_policy_that_is_no_number_any_more_ends_the_run_with_its_page(
+    algorithm: str, tiny_model_folder: Path, asked: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """An absurd rate: NotFinite before a step is taken with it, no model, the card failed, the reason on the page."""
+    out = tmp_path / "run"
+    settings = {"lr": 1e30, "max_grad_norm": 0.0, "algorithm": algorithm, "epochs": 2}
+    with pytest.raises(NotFinite):
+        ppo.main(config(tiny_model_folder, asked[0], out, **settings))
+    assert json.loads((out / "run.json").read_text())["status"] == "failed" and not (out / "model").exists()
+    assert "this run failed: NotFinite: " in (out / "report.html").read_text().partition("Read this first")[2]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

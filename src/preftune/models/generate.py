@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, NotFinite
 from preftune.models.attention import own_attention
 from preftune.records import Prompt, Response, from_json, to_json
 
@@ -194,8 +194,13 @@ def _continue(
     alive = np.arange(len(uniforms))  # the answer behind every row of the batch
     for t in range(uniforms.shape[1]):
         chosen, chosen_logps = _draw(logits, torch.from_numpy(uniforms[alive, t]).to(device), temperature, top_p)
-        tokens = chosen.tolist()
-        for row, token, logp in zip(alive, tokens, chosen_logps.tolist(), strict=True):
+        tokens, told = chosen.tolist(), chosen_logps.tolist()
+        if not all(map(math.isfinite, told)):
+            raise NotFinite(
+                f"the model's logits are NaN or infinite where token {t + 1} of an answer is drawn: there is no law to "
+                "draw from; its weights are broken, or its dtype is too narrow for them"
+            )
+        for row, token, logp in zip(alive, tokens, told, strict=True):
             written[row].append(token)
             logps[row].append(logp)
         going = [i for i, token in enumerate(tokens) if token not in stops]
@@ -212,9 +217,14 @@ def _continue(
 
 
 def _draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """[B] ids, the inverse of each row's cumulative distribution at its uniform in [0, 1), and their log-probs."""
+    """[B] ids, the inverse of each row's cumulative distribution at its uniform in [0, 1), and their log-probs.
+
+    A log-prob that is not finite says that the row's logits are no law.
+    """
     if temperature == 0:  # one token has all the probability
-        return logits_BV.argmax(-1), torch.zeros(len(logits_BV), dtype=torch.float64)
+        likeliest_B = logits_BV.argmax(-1)
+        logits_B = logits_BV.gather(-1, likeliest_B[:, None])[:, 0].double()
+        return likeliest_B, logits_B - logits_B
     probs = torch.softmax(logits_BV.double() / temperature, dim=-1)
     if top_p < 1:
         ranked, index = probs.sort(dim=-1, descending=True, stable=True)
@@ -223,6 +233,7 @@ def _draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: floa
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, uniforms_B.double()[:, None] * total, right=True)
+    chosen = chosen.clamp(max=probs.shape[-1] - 1)  # NaN is beyond every token
     return chosen[:, 0], (probs.gather(-1, chosen) / total).log()[:, 0]
 
 
