@@ -34,6 +34,7 @@ from preftune.models.adapters import (
     write_adapter,
 )
 from preftune.models.folder import find, is_adapter, locate
+from preftune.models.products import use_onednn
 from preftune.models.quantize import loading_options
 from preftune.models.tokenizer import load_tokenizer, tokenizer_sha256
 
@@ -110,12 +111,14 @@ def load(
         dropouts.append(p)
     highest = f"dropout {max(dropouts, default=0):g} set to 0: preference losses compare exact log-probabilities"
     padless = tokenizer.pad_token is None and kind is AutoModelForCausalLM
+    width = getattr(config.get_text_config(), "hidden_size", 0)
+    products = use_onednn(width) if (torch.device(device).type, dtype) == ("cpu", torch.float32) else ""
     return LoadedModel(
         model=model.eval() if options else model.eval().to(device),
         tokenizer=tokenizer,
         weights_sha256=weights_sha256(model),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
-        notes=(highest,) * bool(dropouts) + ("no pad token: not needed",) * padless,
+        notes=(highest,) * bool(dropouts) + ("no pad token: not needed",) * padless + (products,) * bool(products),
     )
 
 
