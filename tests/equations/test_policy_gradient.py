@@ -190,6 +190,13 @@ def test_the_value_loss_is_the_larger_of_two() -> None:
     assert value_clip_fraction(values, old, returns) == float(worse.double().mean()) == 0.25
 
 
+def test_rounding_clips_no_value() -> None:
+    """Within the clip V_old + (V - V_old) is V but for its last digit: no token counts as clipped."""
+    old, values, returns = draws(0, 4096).float() / 50, draws(1, 4096).float().tanh() / 10, draws(2, 4096).float()
+    assert not bool((old + (values - old) == values).all()), "else nothing was rounded"
+    assert value_clip_fraction(values, old, returns) == 0
+
+
 def test_losses_are_differentiable_in_the_new_numbers_alone() -> None:
     """Old log-probs, advantages, old values and returns are constants even when they carry gradients."""
     new, *constants = (draws(seed, 5).requires_grad_() for seed in range(3))

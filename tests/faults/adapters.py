@@ -38,7 +38,7 @@ FAULTS = [
     Fault(
         "adapter: the critic trains the frozen weights too",
         _HEAD,
-        "if adapter_of(model) is None:",
+        "if adapter_of(critic) is None:",
         "if True:",
         f"{_MODEL} critic",
     ),

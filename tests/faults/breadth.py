@@ -17,8 +17,8 @@ FAULTS = [
     Fault(
         "breadth: PPO packs rows for a model that cannot read them",
         "src/preftune/parts/ppo_parts.py",
-        "replace(batching, packed=packed)",
-        "replace(batching, packed=True)",
+        "replace(batching, packed=packed,",
+        "replace(batching, packed=True,",
         f"{_TESTS} 'plain_model and padded_only and texts and rloo'",
     ),
 ]

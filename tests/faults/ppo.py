@@ -28,6 +28,13 @@ def _ppo(test: str) -> str:
 
 FAULTS = [
     Fault(
+        "ppo: rounding counts as a clipped value",
+        "src/preftune/equations/policy_gradient.py",
+        "(worse & (moved.abs() > clip))",
+        "worse",
+        "tests/equations/test_policy_gradient.py -k rounding",
+    ),
+    Fault(
         "rollout: a response without a score gets 0",
         _ROLLOUTS,
         "    kept = flat.isfinite()\n",
@@ -101,8 +108,8 @@ FAULTS = [
     Fault(
         "critic: not a copy",
         _CRITIC,
-        "critic = copy_beside(model)",
-        "critic = model",
+        "with_value_head(copy_beside(model))",
+        "with_value_head(model)",
         _critic("share_no_weight"),
     ),
     Fault(

@@ -164,8 +164,8 @@ FAULTS = [
     Fault(
         "reference: it moves away from the policy",
         _REFERENCE,
-        "torch.lerp(mine.float(), theirs.float(), mix)",
-        "torch.lerp(theirs.float(), mine.float(), mix)",
+        "torch.lerp(old.float(), new.float(), mix)",
+        "torch.lerp(new.float(), old.float(), mix)",
         "tests/recipes/test_objectives.py -k by_its_share",
     ),
     Fault(

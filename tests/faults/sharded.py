@@ -119,6 +119,13 @@ FAULTS = [
         f"{_SHARDED} one_process_ends",
     ),
     Fault(
+        "sharded: of a critic rank 0's rows are saved as all",
+        _COMMON,
+        'rows |= {f"{name}/{key}": part for key, part in other.rows().items()}',
+        "pass",
+        f"{_SHARDED} one_process_ends",
+    ),
+    Fault(
         "sharded: an adapter folder is written from parts",
         "src/preftune/models/adapters.py",
         "save_file(_tensors(model, state)",

@@ -151,8 +151,10 @@ def clip_fraction(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip:
 def value_clip_fraction(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:
     """The share of tokens where the clipped value is the worse one, so that the critic gets no gradient; in [0, 1]."""
     _positive("clip", clip)
-    bounded = old_values + (values - old_values).clamp(-clip, clip)
-    return ((bounded - returns).abs() > (values - returns).abs()).double().mean()
+    moved = values - old_values
+    bounded = old_values + moved.clamp(-clip, clip)
+    worse = (bounded - returns).abs() > (values - returns).abs()
+    return (worse & (moved.abs() > clip)).double().mean()  # within the clip they differ by rounding alone
 
 
 def adaptive_kl(coef: float, kl: float, *, target: float, horizon: float, samples: int) -> float:
