@@ -51,7 +51,7 @@ STAGES: Mapping[str, str] = {
     "study shift": "does DPO generalise worse: reward and KL on other prompts and on longer ones",
     "study length": "does DPO write longer: answers at equal KL under three truths about length",
     "study gradient": "does sampling block the gradient: estimates from samples against the exact one",
-    "study cost": "is DPO as easy as SFT, with only two models: weights held, FLOPs and CPU time of an update",
+    "study cost": "is DPO as easy as SFT, with only two models: weights, FLOPs, CPU time and peak memory of an update",
     "study weight": "does DPO's weight keep the policy whole: reward and KL in the course of training without it",
     "study ceiling": "has DPO a lower ceiling: most reward within a KL budget, against the exact frontier",
     "study start": "fine-tuning on chosen responses before DPO, or DPO straight from the base, at equal KL",

@@ -84,8 +84,36 @@ FAULTS = [
     Fault(
         "cost: a reference in the loop is judged by the cached one",
         "src/preftune/studies/cost.py",
-        "inside(loop, 0, 1.1)",
-        "inside(work, 0, 1.1)",
+        "inside(live, 0, 1.1), NARROW)",
+        "inside(cached, 0, 1.1), NARROW)",
+        _study("test_costs_are_judged"),
+    ),
+    Fault(
+        "cost: memory that was given back stays alive",
+        "src/preftune/studies/cost.py",
+        "-alive.pop(place, 0)",
+        "0",
+        _study("test_the_peak_of_an_update"),
+    ),
+    Fault(
+        "cost: what was there before pays for what comes",
+        "src/preftune/studies/cost.py",
+        "-alive.pop(place, 0)",
+        "size",
+        _study("test_the_peak_of_an_update"),
+    ),
+    Fault(
+        "cost: the policy's moments alone are held",
+        "src/preftune/studies/cost.py",
+        "for optimizer in update.optimizers for",
+        "for optimizer in update.optimizers[:1] for",
+        _study("test_between_updates"),
+    ),
+    Fault(
+        "cost: memory is judged at the largest update alone",
+        "src/preftune/studies/cost.py",
+        "ends = (SIZES[0], SIZES[-1])",
+        "ends = (SIZES[-1],)",
         _study("test_costs_are_judged"),
     ),
     Fault(

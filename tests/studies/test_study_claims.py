@@ -25,8 +25,10 @@ from preftune.studies import tuning as study_tuning
 from preftune.studies.claims import OPTIMUM, among, by_arm, taught, worth
 from preftune.studies.frontier import Arm
 from preftune.studies.prepare import prepare
+from preftune.studies.rl import padded
 from preftune.studies.settings import LONG, SMALL, TINY
 from preftune.studies.table import STUDIES
+from preftune.studies.updates import METHODS
 from preftune.studies.world import Start, begin
 from preftune.worlds.enumerable import Labels
 
@@ -248,12 +250,17 @@ def test_bias_is_measured_without_the_noise_of_the_mean() -> None:
     assert study_gradient.compared((exact * 2).expand(3, 2), exact, 1) == study_gradient.Estimate(1, 1.0, 2.0, 1.0, 1.0)
 
 
-def costs(**forwards: float) -> list[dict[str, Any]]:
-    """Lines of two seeds: as the usual count says, packed rows half of it, but for what is given."""
+def costs(small: float = 1.0, **forwards: float) -> list[dict[str, Any]]:
+    """Lines of two seeds: as the usual count says, packed rows half of it, but for what is given.
+
+    A peak is that of SFT, `small` times it in the smallest update of DPO with a reference in the loop, twice in RLHF.
+    """
     held = dict(zip(study_cost.MODEL, (1, 1, 2, 3, 4), strict=True))
+    room = {"DPO, reference in the loop": {study_cost.SIZES[0]: small}, "RLOO": dict.fromkeys(study_cost.SIZES, 2.0)}
+    room["PPO"] = room["RLOO"]
     return [
         {"family": name, "setting": rows, "seed": seed, "cpu_seconds": 1.0, "points": [
-            {"step": n, "copies": held[name], "milliseconds": 1.0,
+            {"step": n, "copies": held[name], "milliseconds": 1.0, "peak": 1000 * room.get(name, {}).get(n, 1.0),
              "forwards": forwards.get(name, study_cost.MODEL[name]) * (0.5 if rows == "packed" else 1)}
             for n in study_cost.SIZES
         ]}
@@ -262,12 +269,17 @@ def costs(**forwards: float) -> list[dict[str, Any]]:
 
 
 def test_costs_are_judged_against_sft_and_against_the_count() -> None:
-    """DPO that costs what the count says is as easy as SFT from a cache and not with both models; 20 % off is off."""
+    """DPO that costs what the count says is as easy as SFT from a cache and not with both models; 20 % off is off.
+
+    So is a peak 20 % higher in the smallest update alone.
+    """
     good, bad = "confirmed", "contradicted"
     usual = [finding.verdict for finding in study_cost.tell(costs()).findings]
-    assert usual == [good, good, good, bad, good, good, good, good]
+    assert usual == [good, good, good, bad, good, good, good, good, good, good, good]
     dear = [finding.verdict for finding in study_cost.tell(costs(DPO=3.6, PPO=3.5)).findings]
-    assert dear == [good, good, bad, bad, good, bad, bad, good]
+    assert dear == [good, good, bad, bad, good, bad, bad, good, good, good, good]
+    heavy = [finding.verdict for finding in study_cost.tell(costs(small=1.2)).findings]
+    assert heavy == [*usual[:9], bad, good]
 
 
 def test_weights_held_twice_count_once() -> None:
@@ -277,6 +289,44 @@ def test_weights_held_twice_count_once() -> None:
     assert study_cost.copies([one]) == 1
     assert study_cost.copies([one, other]) == 2
     assert study_cost.copies([one, torch.nn.Sequential(one, head)]) == pytest.approx(1 + 3 / 9)
+
+
+def test_the_peak_of_an_update_is_what_is_alive_at_once() -> None:
+    """By hand: a thousand floats are 4000 bytes, and what is given back counts no more, nor what was there before.
+
+    Without gradients two of three are alive at once. With them both exponentials are kept for the backward pass; when
+    it takes them back the last one's gradient comes, then the last one goes and the first one's gradient takes its
+    place: three, with the sum and its gradient of 4 bytes each.
+    """
+    before: list[torch.Tensor] = []
+    assert study_cost.peak(lambda: before.append(torch.zeros(1000)), 0) == 4000
+    weight = torch.zeros(1000, requires_grad=True)
+
+    def forward() -> None:
+        first = before.pop().exp()
+        second = first.exp()
+        del first
+        second.exp()
+
+    assert study_cost.peak(forward, 4000) == 4000 + 2 * 4000
+    assert study_cost.peak(lambda: weight.exp().exp().sum().backward(), 4000) == 4000 + 3 * 4000 + 2 * 4
+
+
+def test_between_updates_weights_and_moments_are_held(start: Start) -> None:
+    """Three of every trained weight, one of every other; a critic costs three of its own, a reference in memory one."""
+    held = {}
+    for name, method in METHODS.items():
+        setting = replace(TINY, preferences=replace(TINY.preferences, optimizer="adamw"))
+        update = method(replace(start, setting=setting), padded(start), 16)
+        update.take(1)
+        held[name] = study_cost.held(update)
+    weights = 4 * sum(weight.numel() for weight in start.reference.model.parameters())
+    judge = 4 * sum(weight.numel() for weight in start.reward_model().parameters())  # type: ignore[attr-defined]
+    counters = 4 * 2 * len(list(start.reference.model.parameters()))  # and the rotary tables, as small
+    assert held["SFT"] == held["DPO"] == pytest.approx(3 * weights, abs=counters)
+    assert held["DPO, reference in the loop"] - held["DPO"] == pytest.approx(weights, abs=counters)
+    assert held["RLOO"] - held["DPO"] == pytest.approx(weights + judge, abs=2 * counters)
+    assert held["PPO"] - held["RLOO"] == pytest.approx(3 * judge, abs=2 * counters)
 
 
 def test_an_update_costs_the_forwards_of_its_parts(start: Start) -> None:

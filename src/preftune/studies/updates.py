@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from preftune.data.packing import StepPlan
+from preftune.engine.optim import Optimizer
 from preftune.equations.losses import LOSSES
 from preftune.equations.objective import Objective, Term
 from preftune.judges.scores import Scorer as Judge
@@ -46,6 +47,8 @@ class Update:
     models: Sequence[nn.Module]
     take: Callable[[int], Sequence[TokenGroup]]
     """The n-th update, from 1; returns the prompts and responses it was of."""
+    optimizers: Sequence[Optimizer]
+    """Whose moments are held between updates."""
 
 
 def sft(start: Start, rows: Batching, size: int) -> Update:
@@ -76,7 +79,7 @@ def stepping(start: Start, models: Sequence[nn.Module], gradient: Gradient, plan
         own.step(step, course.lr)
         return plan.groups_of(*divmod(step - 1, plan.steps_per_epoch))
 
-    return Update(models, take)
+    return Update(models, take, [own])
 
 
 def reinforced(start: Start, rows: Batching, size: int, *, critic: bool) -> Update:
@@ -105,7 +108,8 @@ def reinforced(start: Start, rows: Batching, size: int, *, critic: bool) -> Upda
             )  # fmt: skip
         return rollout.groups
 
-    return Update([m for m in (loaded.model, start.reference.model, judge, valuer) if isinstance(m, nn.Module)], take)
+    held = [m for m in (loaded.model, start.reference.model, judge, valuer) if isinstance(m, nn.Module)]
+    return Update(held, take, [each.optimizer for each in (policy, learner) if each is not None])
 
 
 def asking(start: Start, model: object, rows: Batching) -> Judge:
