@@ -148,4 +148,18 @@ FAULTS = [
         "for texts in texts_P for text in texts)",
         tests="tests/evaluation/test_texts.py -k another_prompt",
     ),
+    Fault(
+        "evaluation: pairs that no model can read end the run after everything was drawn",
+        "src/preftune/parts/room.py",
+        "            if tokens > one.positions:\n                reason",
+        "            if False:\n                reason",
+        "tests/recipes/test_evaluate_pairs.py -k named",
+    ),
+    Fault(
+        "evaluation: allow_refused is not read for pairs",
+        "src/preftune/parts/diagnosing.py",
+        "len(unfit)) > cfg.allow_refused",
+        "len(unfit)) > 0",
+        "tests/recipes/test_evaluate_pairs.py -k done_without",
+    ),
 ]

@@ -43,4 +43,11 @@ FAULTS = [
         "DrawnJudge(drawn, score, 1.0, cfg.seed)",
         f"{_TESTS} command",
     ),
+    Fault(
+        "export: a slip in the name of the store makes an empty one",
+        "src/preftune/web/transfer.py",
+        "Store.open(options.db, new=False)",
+        "Store.open(options.db)",
+        "tests/web/test_serve.py -k not_there",
+    ),
 ]

@@ -380,9 +380,9 @@ def test_inputs_that_cannot_be_read_end_the_run_with_their_reason(
         evaluate.main(config([other], tiny_model_folder, bad, tmp_path / "b"))
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "a", "chosen": " b" * 600, "rejected": " c"}) + "\n")
-    with pytest.raises(ConfigError, match=r"a held-out pair is \d+ tokens long and other has 512 positions"):
+    with pytest.raises(DataError, match=r"long.jsonl: 1 of 1 rows are refused, 0 allowed; .* --allow_refused 1$"):
         evaluate.main(config([other], tiny_model_folder, prompts, tmp_path / "d", pairs=str(long)))
     drawn = tmp_path / "samples.jsonl"
     drawn.write_text(to_json(SampledResponses(prompt="a", responses=(Response(text=" b"), Response(text=" c")))) + "\n")
-    with pytest.raises(DataError, match="none of 1 rows prefers one response to another"):
+    with pytest.raises(DataError, match="none of its rows prefers one response to another"):
         evaluate.main(config([other], tiny_model_folder, prompts, tmp_path / "c", pairs=str(drawn)))

@@ -150,6 +150,16 @@ def test_gold_items_know_their_answer(tmp_path: Path) -> None:
         list(gold_items(path))
 
 
+def test_an_export_of_a_store_that_is_not_there_makes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slip in the name leaves no empty store behind and the earlier export as it was."""
+    (tmp_path / "pairs.jsonl").write_text("kept")
+    assert main(["label", "export", "--db", str(tmp_path / "labls.db"), "--out", str(tmp_path / "pairs.jsonl")]) == 2
+    assert f"there is no store {tmp_path / 'labls.db'}; name the file" in capsys.readouterr().err
+    assert (tmp_path / "pairs.jsonl").read_text() == "kept" and not (tmp_path / "labls.db").exists()
+
+
 def test_export_and_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pairs are read by training, a history comes back byte for byte, another tool's rows are refused by line."""
     db, out = str(tmp_path / "l.db"), tmp_path / "out"

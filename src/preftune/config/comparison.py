@@ -71,7 +71,7 @@ class EvaluateConfig(Settings):
     )
     prompts: str = Field(min_length=1, description="file, folder or hub data set in any layout; prompts are asked once")
     format: str = Field("auto", description="layout of the prompts")
-    allow_refused: int = Field(0, ge=0, description="refused rows to accept before the run stops, rows")
+    allow_refused: int = Field(0, ge=0, description="refused rows to accept, of prompts and of pairs each, rows")
     max_prompts: int | None = Field(None, ge=1, description="take the first so many prompts; none: all")
     n: int = Field(1, ge=1, description="responses per prompt and model")
     temperature: float = Field(1.0, ge=0, description="divides the logits of every model; 0 takes the likeliest token")

@@ -18,7 +18,18 @@ from preftune.judges.contract import IDENTICAL, INCONSISTENT, Comparison, Verdic
 from preftune.judges.llm import FAILED, UNPARSABLE
 from preftune.records import Judgement, Message, Prompt, RankedResponses, Refusal, Response, SampledResponses, from_json
 
-__all__ = ["Question", "category", "pair_rows", "questions", "ranking_rows", "read_samples", "scored_rows", "tally"]
+__all__ = [
+    "Question",
+    "category",
+    "is_samples",
+    "pair_rows",
+    "questions",
+    "ranking_rows",
+    "read_rankings",
+    "read_samples",
+    "scored_rows",
+    "tally",
+]
 
 STATED = "the data's own labels"
 """The annotator of a preference file that names none."""
@@ -41,21 +52,32 @@ class Question:
 def read_samples(name: str) -> tuple[list[SampledResponses | RankedResponses], str]:
     """(rows, SHA-256) of a file of `preftune sample`, or of preference data in any layout. Raises DataError."""
     path = Path(name)
-    if not path.is_file() or not _is_samples(path):
-        source = open_source(name, kind="preferences")
-        rows: list[SampledResponses | RankedResponses] = []
-        for item in source:
-            if isinstance(item, Refusal):
-                raise DataError(f"{item}; nothing was labelled, mend the row or take it out")
-            if not isinstance(item, RankedResponses):
-                raise DataError(f"{item.origin}: holds one response, there is nothing to compare it with")
+    if path.is_file() and is_samples(path):
+        content = path.read_bytes()
+        return list(_sampled(content, name)), hashlib.sha256(content).hexdigest()
+    rows, refusals, digest = read_rankings(name)
+    if refusals:
+        more = f" (and {len(refusals) - 1} more)" * (len(refusals) > 1)
+        raise DataError(f"{refusals[0]}{more}; nothing was labelled, mend the row or take it out")
+    return [*rows], digest
+
+
+def read_rankings(name: str) -> tuple[list[RankedResponses], list[Refusal], str]:
+    """(rows, refused rows, SHA-256) of preference data. Raises DataError on data without anything to compare."""
+    source = open_source(name, kind="preferences")
+    rows: list[RankedResponses] = []
+    refusals: list[Refusal] = []
+    for item in source:
+        if isinstance(item, Refusal):
+            refusals.append(item)
+        elif isinstance(item, RankedResponses):
             rows.append(item)
-        return rows, source.sha256
-    content = path.read_bytes()
-    return list(_sampled(content, name)), hashlib.sha256(content).hexdigest()
+        else:
+            raise DataError(f"{item.origin}: holds one response, there is nothing to compare it with")
+    return rows, refusals, source.sha256
 
 
-def _is_samples(path: Path) -> bool:
+def is_samples(path: Path) -> bool:
     with path.open("rb") as file:
         return re.match(rb'\s*\{\s*"type":\s*"SampledResponses"', file.read(200)) is not None
 

@@ -32,11 +32,21 @@ from preftune.models.attention import install
 from preftune.models.folder import of_run
 from preftune.models.generate import draw, plan
 from preftune.models.load import LoadedModel, load
-from preftune.parts.room import reader, with_room
+from preftune.parts.room import Reader, reader, with_room
 from preftune.records import Prompt, SampledResponses, from_json, to_json
 from preftune.tensors import PackedBatch, TokenGroup
 
-__all__ = ["SAMPLES", "Answers", "Contestant", "ask", "machine", "model_folder", "open_contestant", "read_prompts"]
+__all__ = [
+    "SAMPLES",
+    "Answers",
+    "Contestant",
+    "ask",
+    "machine",
+    "model_folder",
+    "open_contestant",
+    "read_prompts",
+    "readers",
+]
 
 SAMPLES, TOKENS = '{"type": "SampledResponses"', '{"prompt":'
 
@@ -83,9 +93,8 @@ def read_prompts(cfg: EvaluateConfig, run: Run) -> list[tuple[Prompt, str]]:
     source = open_source(cfg.prompts, kind="prompts", format=cfg.format)
     found = distinct_prompts(iter(source))
     different = len(found.prompts)
-    here = [model_folder(place) for place in cfg.contestants().values() if not is_served(place)]
     first = replace(found, prompts=found.prompts[: cfg.max_prompts])
-    found = with_room(first, [reader(folder) for folder in here], cfg.max_tokens)
+    found = with_room(first, readers(cfg), cfg.max_tokens)
     prompts = list(found.prompts)
     facts = {"path": cfg.prompts, "format": source.format, "sha256": source.sha256, "prompts": different}
     facts |= {"asked": len(prompts), "duplicates": found.duplicates, "refused": len(found.refusals)}
@@ -103,6 +112,11 @@ def read_prompts(cfg: EvaluateConfig, run: Run) -> list[tuple[Prompt, str]]:
             f"prompts are left; mend the rows named above, or do without them: --allow_refused {len(found.refusals)}"
         )
     return prompts
+
+
+def readers(cfg: EvaluateConfig) -> list[Reader]:
+    """Who reads texts here: every model but those behind a server."""
+    return [reader(model_folder(place)) for place in cfg.contestants().values() if not is_served(place)]
 
 
 def model_folder(name: str) -> str:

@@ -15,7 +15,7 @@ from preftune.data.ranking import pair_positions
 from preftune.engine.card import read_card
 from preftune.engine.run import Run
 from preftune.equations.stats import Interval, mean_interval, share
-from preftune.errors import ConfigError, DataError
+from preftune.errors import DataError
 from preftune.evaluation.calibration import calibrate, correlation, ranks, wins
 from preftune.evaluation.divergence import log_ratios
 from preftune.evaluation.drift import (
@@ -32,10 +32,11 @@ from preftune.evaluation.drift import (
 from preftune.evaluation.paths import paths, start_of, strengths
 from preftune.evaluation.texts import said_elsewhere
 from preftune.judges.scores import Scorer
-from preftune.parts.comparing import read_samples
-from preftune.parts.contestants import Contestant
+from preftune.parts.comparing import is_samples, read_rankings
+from preftune.parts.contestants import Contestant, readers
 from preftune.parts.measuring import Measured, by_prompt, texts_of
-from preftune.records import Prompt, RankedResponses, Response, RunCard
+from preftune.parts.room import rows_with_room
+from preftune.records import Prompt, Response, RunCard
 
 __all__ = ["Pair", "calibration", "findings", "implicit", "pair_ratios", "read_pairs"]
 
@@ -54,43 +55,42 @@ class Pair:
         return len(self.chosen.text) - len(self.rejected.text)
 
 
-def read_pairs(name: str, run: Run) -> list[Pair]:
-    """Every pair of a preference file. Raises DataError on a row that cannot be read, and when no pair is there."""
-    rows, digest = read_samples(name)
+def read_pairs(cfg: EvaluateConfig, run: Run) -> list[Pair]:
+    """Every pair of the preference file `cfg.pairs` that all models can read whole; the others are refused by row.
+
+    Raises DataError on more than `cfg.allow_refused` refused rows, and when no pair is there.
+    """
+    name = str(cfg.pairs)
+    if Path(name).is_file() and is_samples(Path(name)):
+        raise DataError(f"{name}: none of its rows prefers one response to another; label samples first")
+    read, refusals, digest = read_rankings(name)
+    rows, unfit = rows_with_room(read, readers(cfg))
+    for refusal in (*refusals, *unfit):
+        run.warn(str(refusal))
+    if (found := len(refusals) + len(unfit)) > cfg.allow_refused:
+        raise DataError(
+            f"pairs {name}: {found} of {len(read) + len(refusals)} rows are refused, {cfg.allow_refused} allowed; mend "
+            f"the rows named above, or do without them: --allow_refused {found}"
+        )
     pairs = [
         Pair(row.prompt, row.responses[chosen], row.responses[rejected])
         for row in rows
-        if isinstance(row, RankedResponses)
         for chosen, rejected in pair_positions(row)
     ]
     if not pairs:
         raise DataError(f"{name}: none of {len(rows)} rows prefers one response to another; label samples first")
-    run.record(data={"pairs": {"path": name, "sha256": digest, "pairs": len(pairs)}})
+    run.record(data={"pairs": {"path": name, "sha256": digest, "pairs": len(pairs), "refused": found}})
     return pairs
 
 
 def pair_ratios(contestant: Contestant, reference: Contestant, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
-    """(log-ratio of the chosen, of the rejected response) of every pair, nats, at temperature 1.
-
-    Raises ConfigError on a pair that is longer than either model has positions.
-    """
+    """(log-ratio of the chosen, of the rejected response) of every pair, nats, at temperature 1."""
     asked = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
     groups, places = answer_groups(contestant.loaded.tokenizer, asked)
-    for one in (contestant, reference):
-        _check_room(one, max(len(group.prompt) + max(map(len, group.responses)) for group in groups))
     batching = contestant.batching(packed=contestant.packed and reference.packed)
     found = log_ratios(contestant.loaded.model, reference.loaded.model, groups, batching, world=contestant.world)
     values = [found[group][i] for group, i in places]
     return list(zip(values[::2], values[1::2], strict=True))
-
-
-def _check_room(contestant: Contestant, longest: int) -> None:
-    positions = getattr(contestant.loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"a held-out pair is {longest} tokens long and {contestant.name} has {positions} positions; "
-            "leave longer pairs out of the file"
-        )
 
 
 def calibration(pairs: Sequence[Pair], scorers: Mapping[str, Scorer | None], run: Run) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from typing import Any
 from jinja2 import TemplateError
 
 from preftune.data.prompts import Prompts
+from preftune.data.ranking import pair_positions
+from preftune.data.tokens import Encoder
 from preftune.models.folder import base_of, find, is_adapter
 from preftune.models.generate import encode_prompt
 from preftune.models.outline import read_configuration
-from preftune.models.tokenizer import load_tokenizer
-from preftune.records import Prompt, Refusal
+from preftune.models.tokenizer import load_tokenizer, tokenizer_sha256
+from preftune.records import Prompt, RankedResponses, Refusal
 
-__all__ = ["Reader", "reader", "with_room"]
+__all__ = ["Reader", "reader", "rows_with_room", "with_room"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,27 @@ def with_room(found: Prompts, readers: Sequence[Reader], max_tokens: int) -> Pro
         else:
             refusals.append(Refusal(origin=origin, field="prompt", reason=problem))
     return replace(found, prompts=tuple(kept), refusals=(*found.refusals, *refusals))
+
+
+def rows_with_room(
+    rows: Sequence[RankedResponses], readers: Iterable[Reader]
+) -> tuple[list[RankedResponses], list[Refusal]]:
+    """The rows of which every reader can read prompt and responses whole, and the others, refused, in their order."""
+    tightest: dict[str, Reader] = {}
+    for one in readers:
+        kept = tightest.setdefault(tokenizer_sha256(one.tokenizer), one)
+        tightest[tokenizer_sha256(one.tokenizer)] = min(kept, one, key=lambda reader: reader.positions)
+    refused: dict[int, Refusal] = {}
+    for one in tightest.values():
+        for i, item in enumerate(Encoder(one.tokenizer).encode(rows, pair_positions)):
+            if isinstance(item, Refusal):
+                refused.setdefault(i, item)
+                continue
+            tokens = len(item.group.prompt) + max(map(len, item.group.responses))
+            if tokens > one.positions:
+                reason = f"{tokens} tokens exceed the {one.positions:g} positions of {one.name}"
+                refused.setdefault(i, Refusal(origin=rows[i].origin, field="length", reason=reason))
+    return [row for i, row in enumerate(rows) if i not in refused], [refused[i] for i in sorted(refused)]
 
 
 def _problems(prompt: Prompt, readers: Iterable[Reader], max_tokens: int) -> Iterator[str]:

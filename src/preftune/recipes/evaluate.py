@@ -54,7 +54,7 @@ def main(cfg: EvaluateConfig) -> RunCard:
         if cfg.lm_eval is not None:
             harness()
         prompts = read_prompts(cfg, run)
-        pairs = read_pairs(cfg.pairs, run) if cfg.pairs else []
+        pairs = read_pairs(cfg, run) if cfg.pairs else []
         field = _with_scores(_measured(cfg, prompts, pairs, run), scorers)
         reference = field[0]
         run.write("evaluation.jsonl", [json.dumps(asdict(row)) for one in field for row in one.rows])

@@ -28,10 +28,13 @@ BUSY_SECONDS = 60
 
 
 class Database:
-    """An open database whose tables are up to date."""
+    """An open database whose tables are up to date; with `new` False a file that is not there is refused, not made."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, *, new: bool = True):
         self.engine = _engine(url)
+        file = self.engine.url.database
+        if not new and self.engine.dialect.name == "sqlite" and not Path(str(file)).is_file():
+            raise ConfigError(f"there is no store {file}; name the file that `preftune label --db` keeps labels in")
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self._turn = threading.Lock()
         self._writer = self.engine.execution_options(preftune_writes=True)

@@ -76,12 +76,20 @@ class Store:
         self.accounts = Accounts(database, clock)
 
     @classmethod
-    def open(cls, url: str, settings: Settings | None = None, *, clock: Callable[[], float] = time.time) -> Store:
+    def open(
+        cls,
+        url: str,
+        settings: Settings | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        new: bool = True,
+    ) -> Store:
         """The store at a path ("labels.db"), "sqlite:///..." or "postgresql+psycopg://..."; its tables are made.
 
-        Settings replace those stored; None keeps them. `clock` gives seconds since 1970. Raises ConfigError.
+        Settings replace those stored; None keeps them. `clock` gives seconds since 1970. Raises ConfigError, without
+        `new` also for a file that is not there.
         """
-        return cls(Database(url), settings, clock)
+        return cls(Database(url, new=new), settings, clock)
 
     def close(self) -> None:
         """Give the database's connections back."""

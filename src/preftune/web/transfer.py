@@ -48,7 +48,7 @@ class ImportOptions(Protocol):
 
 def export_labels(options: ExportOptions) -> None:
     """Write one kind of file, whole or not at all; print counts and how far the annotators agree."""
-    store = Store.open(options.db)
+    store = Store.open(options.db, new=False)
     try:
         snapshot = store.snapshot()
     finally:
