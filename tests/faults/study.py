@@ -89,4 +89,11 @@ FAULTS = [
         "symbols.repeat_interleave(len(logits[-1]))",
         "tests/theory/test_enumerable.py",
     ),
+    Fault(
+        "study: one that was stopped leaves no page",
+        "src/preftune/recipes/study.py",
+        '            leave(out, card, {"runs": len(jobs), "runs_done": number}, display)\n',
+        "",
+        "tests/recipes/test_study.py -k 'its_page and stopped'",
+    ),
 ]

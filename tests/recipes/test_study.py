@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from preftune.equations.bradley_terry import bt_prob
 from preftune.errors import ArtifactError
 from preftune.judges.reward_model import load_scorer
 from preftune.recipes import study
-from preftune.records import Response
+from preftune.records import Response, from_json
 from preftune.studies.frontier import ARMS, BETAS, Arm, run
 from preftune.studies.prepare import prepare
 from preftune.studies.rl import table_scorer
@@ -180,6 +181,36 @@ def test_a_killed_study_continues_with_the_same_numbers(small: Path) -> None:
     study.main(config(small))
     assert numbers(small) == before
     assert (small / "results.jsonl").read_bytes().startswith(b"".join(kept[:2]))
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        (KeyboardInterrupt(), "stopped", "this run was stopped and goes on with the same command"),
+        (ZeroDivisionError("of mine"), "failed", "this run failed: ZeroDivisionError: of mine"),
+    ],
+    ids=["stopped", "failed"],
+)
+def test_a_study_that_does_not_come_to_its_end_leaves_its_page(
+    end: BaseException, status: str, said: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """run.json and report.html of the lines that are there, with why; the same command goes on and replaces both."""
+    whole = study.computed
+
+    def breaks_off(*told: Any) -> Iterator[str]:
+        lines = whole(*told)
+        yield next(lines)
+        raise end
+
+    monkeypatch.setattr(study, "computed", breaks_off)
+    with pytest.raises(type(end)):
+        study.main(config(small))
+    monkeypatch.setattr(study, "computed", whole)
+    told = from_json((small / "run.json").read_text())
+    assert (told.status, told.results) == (status, {"runs": len(FEW), "runs_done": 1})
+    assert said in (small / "report.html").read_text().partition("Read this first")[2]
+    assert study.main(config(small)).status == from_json((small / "run.json").read_text()).status == "done"
+    assert "Read this first" not in (small / "report.html").read_text()
 
 
 def test_what_is_there_is_not_run_again_and_is_told_anew(

@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from preftune.config.comparison import StudyConfig
 from preftune.engine.card import new_card
@@ -77,27 +78,40 @@ def main(cfg: StudyConfig) -> RunCard:
         missing = [job for job in jobs if (job.seed, job.arm.family, job.arm.setting) not in done]
         processes = min(cfg.processes or os.cpu_count() or 1, max(1, len(missing)))
         display.note(f"study {cfg.study}: {len(jobs)} runs of {len(seeds)} seeds, {len(missing)} to do in {out}")
-        display.begin("runs", len(jobs), len(done))
+        card = new_card(f"study {cfg.study}", cfg.model_dump())
+        display.begin("runs", len(jobs), number := len(done))
         try:
             for number, line in enumerate(computed(missing, processes), start=len(done) + 1):
                 file.append([line])
                 told = json.loads(line)
                 last = told["points"][-1]
                 display.step(number, {"seed": told["seed"], **{k: last[k] for k in ("kl", "gap") if k in last}})
+        except BaseException as end:
+            status: Any = "stopped" if isinstance(end, KeyboardInterrupt) else "failed"
+            notes = () if status == "stopped" else (f"failed: {type(end).__name__}: {end}",)
+            card = replace(card, status=status, notes=notes)
+            leave(out, card, {"runs": len(jobs), "runs_done": number}, display)
+            raise
         finally:
             display.end()
     order = {(job.seed, job.arm.family, job.arm.setting): i for i, job in enumerate(jobs)}
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     lines.sort(key=lambda line: order[line["seed"], line["family"], line["setting"]])
     summary = study.write(out, cfg.study, lines)
-    card = new_card(f"study {cfg.study}", cfg.model_dump())
     seconds = round(time.monotonic() - began, 1)
-    card = replace(card, status="done", results={"seconds": seconds, "runs": len(jobs), "verdicts": summary})
+    told = {"seconds": seconds, "runs": len(jobs), "verdicts": summary}
+    card = leave(out, replace(card, status="done"), told, display)
+    for verdict in summary:
+        print(verdict)
+    return card
+
+
+def leave(out: Path, card: RunCard, results: Mapping[str, Any], display: Display) -> RunCard:
+    """The end, however it came: run.json and report.html of what there is."""
+    card = replace(card, results=dict(results), times=card.times | {"ended": round(time.time(), 3)})
     replace_file(out / "run.json", f"{json.dumps(json.loads(to_json(card)), indent=1)}\n".encode())
     if problem := page(out):
         display.warn(problem)
-    for verdict in summary:
-        print(verdict)
     return card
 
 
