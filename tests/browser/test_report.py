@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page
 
+from preftune.config.loop import SampleConfig
 from preftune.config.stages import DpoConfig, QuickstartConfig
-from preftune.recipes import dpo, quickstart
+from preftune.recipes import dpo, quickstart, sample
 from preftune.records import RunCard, to_json
 from preftune.reports.html import write_report
 
@@ -51,7 +52,7 @@ CONTRAST = """() => {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Reports of a quickstart, of two runs, and of results with wide tables, intervals and long words."""
+    """Reports of a quickstart, of two runs, of samples, and of results with wide tables, intervals and long words."""
     out = tmp_path_factory.mktemp("runs")
     given = os.environ.get("PREFTUNE_RUNS")
     first = Path(given) if given else out / "quickstart"
@@ -65,12 +66,20 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.copytree(first / "dpo", out / "beta-1")
     (out / "wide").mkdir()
     (out / "wide" / "run.json").write_text(to_json(wide()))
+    settings: dict[str, Any] = {"n": 5, "max_tokens": 12, "allow_refused": 1, "out": str(out / "samples.jsonl")}
+    words = ["the", "film", "was", "long", "x" * 200]
+    rows = [*({"prompt": " ".join(words[: i + 1])} for i in range(5)), {"prompt": 7}]
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in (0, 1):
+        prompts = str(out / "prompts.jsonl")
+        sample.main(SampleConfig(model=str(first / "sft" / "model"), prompts=prompts, seed=seed, **settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out)
         two = write_report("beta-1", "beta-0.3", out=out / "two.html")
     return {
         "quickstart": write_report(first, out=out / "one.html"),
         "runs": two,
+        "samples": out / "samples.jsonl.html",
         "wide": write_report(out / "wide"),
     }
 
@@ -97,7 +106,7 @@ def opened(browser: Browser, path: Path, seen: list[str], **skin: Any) -> Page:
     return page
 
 
-@pytest.mark.parametrize("name", ["quickstart", "runs", "wide"])
+@pytest.mark.parametrize("name", ["quickstart", "runs", "samples", "wide"])
 def test_it_runs_and_loads_nothing(name: str, pages: dict[str, Path], chromium: Browser) -> None:
     """One request, the file; no script in it; the policy in its head stops one that is put in."""
     seen: list[str] = []
@@ -112,7 +121,7 @@ def test_it_runs_and_loads_nothing(name: str, pages: dict[str, Path], chromium: 
     page.context.close()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "runs", "wide"])
+@pytest.mark.parametrize("name", ["quickstart", "runs", "samples", "wide"])
 @pytest.mark.parametrize("viewport", [PHONE, {"width": 320, "height": 600}, DESKTOP], ids=lambda v: str(v["width"]))
 def test_it_fits_the_screen(name: str, viewport: Any, pages: dict[str, Path], chromium: Browser) -> None:
     """Nothing is wider than the page, unfolded, at any width; on a phone no part scrolls sideways either."""
@@ -123,7 +132,7 @@ def test_it_fits_the_screen(name: str, viewport: Any, pages: dict[str, Path], ch
     page.context.close()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "runs", "wide"])
+@pytest.mark.parametrize("name", ["quickstart", "runs", "samples", "wide"])
 @pytest.mark.parametrize("scheme", ["light", "dark", "print"])
 def test_it_can_be_read(name: str, scheme: str, pages: dict[str, Path], chromium: Browser) -> None:
     """Text has a contrast of at least 4.5 and lines of 3, in the light, in the dark, and on paper in dark mode."""
