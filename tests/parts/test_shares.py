@@ -52,6 +52,17 @@ def test_shares_are_equal_in_flops(ranks: int) -> None:
     assert max(blind) > 2 * min(blind)
 
 
+def test_a_group_weighs_what_it_costs() -> None:
+    """One long answer is worth so many long prompts, by the cost model: it is one rank's work, they are the other's."""
+    answer, prompt = LONG_ANSWERS[0], LONG_PROMPTS[0]
+    one, other = (flops(SHAPE, Work.of(len(g.prompt), [len(r) for r in g.responses])) for g in (answer, prompt))
+    assert one / other > 1.8, "else as many tokens are as much work"
+    batching = Batching(8192, True, 0, torch.device("cpu"), shape=SHAPE)
+    step = [*[prompt] * round(one / other), answer]
+    parts = [replace(batching, world=World(rank, 2)).share(step) for rank in range(2)]
+    assert sorted(map(len, parts)) == [1, len(step) - 1] and parts[0] == [answer]
+
+
 def test_a_reward_model_meets_no_vocabulary() -> None:
     """What is scored costs nothing there: the shares of a step with a vocabulary ten times as large are the same."""
     batching = Batching(8192, True, 0, torch.device("cpu"), feed_last=True, shape=SHAPE)

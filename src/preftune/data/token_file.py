@@ -285,7 +285,8 @@ class TokenGroups(Sequence[TokenGroup]):
         return self._rows.group(int(self._row[at]))
 
     def column(self, name: str) -> Numbers:
-        return self._rows.column(f"n_{name}", np.int64)[self._row]
+        whole = self._rows.column(f"n_{name}", np.int64)
+        return whole if len(whole) == len(self._row) else whole[self._row]
 
     def prompt_keys(self) -> frozenset[str]:
         """The `prompt_key` of every group."""
