@@ -78,6 +78,7 @@ def read_rankings(name: str) -> tuple[list[RankedResponses], list[Refusal], str]
 
 
 def is_samples(path: Path) -> bool:
+    """Whether a file is one of `preftune sample`, by its first line."""
     with path.open("rb") as file:
         return re.match(rb'\s*\{\s*"type":\s*"SampledResponses"', file.read(200)) is not None
 
