@@ -18,7 +18,7 @@ from preftune.reports.claim_figures import Panel
 from preftune.studies import frontier
 from preftune.studies.claims import OPTIMUM, Lines, Telling, among, by_arm, series, taught, worth
 from preftune.studies.frontier import Arm, on_pairs
-from preftune.studies.settings import SMALL, TINY
+from preftune.studies.settings import JUDGED, TINY
 from preftune.studies.world import Point, Start
 from preftune.worlds.enumerable import Labels
 
@@ -32,7 +32,7 @@ BETA = {"beta": 1.0}
 SMALL_DATA = "RM + RLOO"
 FULL, FAST = (
     replace(size, prompts=8, pairs=AT, rloo=replace(size.rloo, course=replace(size.rloo.course, batch_size=64)))
-    for size in (SMALL, TINY)
+    for size in (JUDGED, TINY)
 )
 WIDE = "RM + RLOO, unlabelled prompts too"
 RELABELLED = "DPO, pairs of these prompts labelled by the RM"

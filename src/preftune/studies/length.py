@@ -23,7 +23,7 @@ from preftune.reports.claim_figures import Panel
 from preftune.studies import frontier
 from preftune.studies.claims import Lines, Points, Telling, by_arm, series, taught
 from preftune.studies.frontier import Arm
-from preftune.studies.settings import SMALL, TINY
+from preftune.studies.settings import JUDGED, TINY
 from preftune.studies.world import Start, enumerated
 from preftune.worlds.enumerable import Labels, random_world
 
@@ -32,7 +32,7 @@ __all__ = ["ARMS", "FAST", "FULL", "Slanted", "run", "tell"]
 GRID = (0.25, 0.5)
 BETAS = (0.3, 1.0)
 SCALE, LETTER = 2.0, 0.4
-FULL, FAST = replace(SMALL, letters=4), replace(TINY, letters=3)
+FULL, FAST = replace(JUDGED, letters=4), replace(TINY, letters=3)
 TRUTHS: Mapping[str, tuple[float, Labels]] = {
     "neutral": (0.0, Labels()),
     "biased": (0.0, Labels(length_bias=LETTER)),
