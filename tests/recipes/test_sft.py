@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_the_loss_is_the_token_mean_over_chosen_responses_and_their_end(
 
 
 def test_held_out_perplexity_comes_with_its_interval(tiny_model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
-    """The evaluation's loss lies inside its interval, and training on half of the rows lowers it on the others."""
+    """The loss lies inside its interval, perplexity is exp of all three; training on half lowers it on the others."""
     lines = pairs_file.read_text().splitlines(keepends=True)
     for name, part in (("train", lines[:36]), ("eval", lines[36:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
@@ -55,4 +56,6 @@ def test_held_out_perplexity_comes_with_its_interval(tiny_model_folder: Path, pa
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     evaluations = [row["metrics"] for row in map(json.loads, lines) if row["kind"] == "eval"]
     assert card.results["loss_low"] < card.results["loss"] < card.results["loss_high"]
+    for end in ("", "_low", "_high"):
+        assert card.results[f"perplexity{end}"] == pytest.approx(math.exp(card.results[f"loss{end}"]))
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]

@@ -229,7 +229,9 @@ class TokenMeter:
         total, _, length = self._collected.table()
         linearised = numbers["loss"] + (total - numbers["loss"] * length) / length.mean()
         interval = mean_interval(linearised)
-        return numbers | {"loss_low": interval.low, "loss_high": interval.high}
+        ends = {"low": interval.low, "high": interval.high}
+        perplexity = {f"perplexity_{end}": float(np.exp(value)) for end, value in ends.items()}  # exp is monotone
+        return numbers | {f"loss_{end}": value for end, value in ends.items()} | perplexity
 
     def _numbers(self) -> dict[str, Any]:
         total, weight, length = self._collected.table()
