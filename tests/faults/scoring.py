@@ -23,8 +23,8 @@ FAULTS = [
     Fault(
         "head: the softcap is not differentiated",
         _HEAD,
-        "                if slope is not None:\n                    logits.mul_(slope)\n                _put_at_targets(logits",
-        "                _put_at_targets(logits",
+        "                if slope is not None:\n                    logits.mul_(slope)\n                _put",
+        "                _put",
         f"{_TESTS} -k equal_log_softmax",
     ),
     Fault(
