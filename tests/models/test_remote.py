@@ -254,13 +254,13 @@ def test_one_refusal_ends_the_others(faulty: str) -> None:
 
 
 def test_the_key_is_in_no_file(faulty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling with a key leaves neither the samples nor the run card with it."""
+    """Sampling with a key leaves samples, run card and page without it."""
     monkeypatch.setenv(remote.KEY_VARIABLE, "sk-secret-1234")
     (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
     arguments = ["sample", "--engine", faulty, "--engine_model", "ok", "--prompts", str(tmp_path / "p.jsonl")]
     assert main([*arguments, "--out", str(tmp_path / "s.jsonl")]) == 0
     assert seen(faulty)["authorization"][-1] == "Bearer sk-secret-1234"
-    assert sorted(os.listdir(tmp_path)) == ["p.jsonl", "s.jsonl", "s.jsonl.run.json"]
+    assert sorted(os.listdir(tmp_path)) == ["p.jsonl", "s.jsonl", "s.jsonl.html", "s.jsonl.run.json"]
     assert all("secret" not in path.read_text() for path in tmp_path.iterdir())
 
 
