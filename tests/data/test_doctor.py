@@ -372,6 +372,13 @@ def test_nothing_left_is_an_error_even_when_allowed() -> None:
         check_refusals(doctor(pair("the", " a", " a")).report, 5)
 
 
+def test_an_allowance_that_would_leave_no_row_is_not_advised() -> None:
+    """Where every row is refused the file is wrong, and doing without them is no way out."""
+    with pytest.raises(DataError) as stop:
+        check_refusals(doctor(pair("the", " a", " a")).report, 0)
+    assert str(stop.value).endswith("\nNo row is left: what they have in common is to be repaired in the file")
+
+
 def test_conversations_go_through_the_same_examination() -> None:
     """Messages and plain strings differ in rendering only."""
     prompt = (Message(role="user", content="the cat"),)

@@ -238,9 +238,11 @@ def check_refusals(report: DataReport, allow_refused: int, write_to: Path | None
         shown = _lines(report.refusals[:_SHOWN])
         rest = f"\n  ... and {found - _SHOWN} more" if found > _SHOWN else ""
         where = f"; the full list is in {write_to}" if write_to is not None else ""
+        left = report.used + report.truncated
+        without = f"Repair or remove them, or train without them: --allow-refused {found}"
         raise DataError(
             f"{found} of {report.rows} rows are refused, {allow_refused} allowed{where}:{shown}{rest}\n"
-            f"Repair or remove them, or train without them: --allow-refused {found}"
+            f"{without if left else 'No row is left: what they have in common is to be repaired in the file'}"
         )
     if report.used + report.truncated == 0:
         reasons = _lines(left_out[:_SHOWN])
