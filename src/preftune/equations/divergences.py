@@ -161,7 +161,8 @@ def chipo(pairs: PairLogps, *, beta: Positive = 0.05, r_max: Positive = 5.0) -> 
     Reads: log-ratios, sums over tokens; reference.
     Elsewhere: e^a of a long response overflows; here its exponent is clamped, see `EXPONENT_LIMIT`, which the paper's
     definition does not do.
-    Source: arXiv 2407.13399 Algorithm 1 (r_max depends on the problem: 5 asks for labels no surer than 1 in 22,000).
+    Source: arXiv 2407.13399 Eq. 9, Algorithm 1 (r_max depends on the problem: 5 asks for labels no surer
+    than 1 in 22,000).
     """
     return -logsigmoid(_chipo_margin(pairs, beta).clamp(-2 * r_max, 2 * r_max))
 

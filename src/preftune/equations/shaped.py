@@ -144,7 +144,7 @@ def odpo(pairs: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) ->
     Reads: log-ratios summed over tokens; the scores of both responses.
     Elsewhere: the logarithm as it stands is -inf at a tie and NaN below, and the step is lost; here the limit is
     taken, so such pairs weigh nothing. An offset cut at zero would turn every pair of scores in [0, 1] into `dpo`.
-    Source: arXiv 2402.10571, its DPO with an offset (alpha f(gap), f = log; alpha of the authors' code).
+    Source: arXiv 2402.10571 Eq. 7c (Findings of ACL 2024; alpha f(gap), f = log; alpha of the authors' code).
     """
     return -logsigmoid(_margin(pairs, beta) - torch.xlogy(alpha, relu(_score_gap(pairs))))
 
@@ -166,7 +166,7 @@ def margin_dpo(pairs: PairLogps, *, beta: Positive = 0.1, alpha: NonNegative = 1
     Reads: log-ratios summed over tokens; the scores of both responses.
     Elsewhere: the margin comes from reward modelling; tools that offer it for DPO differ in whether beta multiplies
     it. Here it does not, so its unit is that of the reward.
-    Source: arXiv 2307.09288 Eq. 2 (for a reward model), in the offset form of arXiv 2402.10571.
+    Source: arXiv 2307.09288 Eq. 2 (for a reward model), in the offset form of arXiv 2402.10571 Eq. 7c.
     """
     return -logsigmoid(_margin(pairs, beta) - alpha * _score_gap(pairs))
 

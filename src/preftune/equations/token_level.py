@@ -120,7 +120,7 @@ def ld_dpo(pairs: PairLogps, *, beta: Positive = 0.1, alpha: Unit = 0.5) -> Tens
     Elsewhere: one tool discounts the policy only: then pi = pi_ref is not L = ln 2, and half of the pairs begin
         saturated. Here log-ratios of single tokens are discounted, so policy and reference alike. The reward is that
         of DPO: a discounted one would depend on the response's partner.
-    Source: arXiv 2409.06411, its modified likelihood in DPO's loss.
+    Source: arXiv 2409.06411 Eq. 10 (the modified likelihood), in DPO's loss.
     """
     return -logsigmoid(beta * _discounted_gap(pairs, alpha))
 
