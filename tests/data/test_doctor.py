@@ -371,7 +371,7 @@ def test_nothing_left_is_an_error_even_when_allowed() -> None:
     report = doctor(pair("the", " a", " a")).report
     with pytest.raises(DataError, match=r"(?s)none of 1 rows is left to use.*f:1: rejected"):
         check_refusals(report, 5)
-    with pytest.raises(DataError, match="\nNo row is left: what they have in common is to be repaired in the file$"):
+    with pytest.raises(DataError, match=r"\nNo row is left: what they have in common is to be repaired in the file$"):
         check_refusals(report, 0)
 
 
