@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from small_net import DTYPES, NAMES, Net, assert_same_bits, backward, data, snapshot, train
 from torch import Tensor, nn
 
-from preftune.engine import optim, updates
+from preftune.engine import optim
 from preftune.engine.optim import Optimizer
 from preftune.errors import ConfigError, NotFinite, RunError
 
@@ -192,58 +192,6 @@ def test_a_sum_made_piece_by_piece_has_the_bits_of_one_addition(piece: int, monk
         plain, ours = total.clone().add_(gradient), total.clone()
         optim._add(ours, gradient)
         assert torch.equal(ours, plain) and not torch.equal(ours, total)
-
-
-@pytest.mark.parametrize("piece", [16, 96, updates.PIECE])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_adamw_in_pieces_has_the_bits_of_torchs_on_wholes(
-    splits: int, piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """bf16 weights, one micro-batch or three: masters and moments as torch's fused AdamW steps float32 weights on the
-    float32 sum of gradients, matrices decayed; compute copies as drawn from whole masters."""
-    monkeypatch.setattr(updates, "PIECE", piece)
-    model, twin = Net(torch.bfloat16), Net(torch.bfloat16)
-    optimizer = Optimizer(model, name="adamw", seed=5, weight_decay=0.1)
-    masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
-    matrices, vectors = ([m for m in masters.values() if (m.ndim > 1) == big] for big in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    plain = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-    for step in (1, 2, 3):
-        twin.load_state_dict(model.state_dict())
-        for chosen, rejected in zip(*(x.chunk(splits) for x in data(6, seed=step)), strict=True):
-            backward(model, chosen, rejected, rows=6)
-            backward(twin, chosen, rejected, rows=6)
-            for name, parameter in twin.named_parameters():
-                before = masters[name].grad
-                masters[name].grad = parameter.grad.float() if before is None else before + parameter.grad.float()
-            twin.zero_grad()
-        optimizer.step(step, 1e-3)
-        plain.step()
-        plain.zero_grad()
-    kept = optimizer.tensors()
-    for name, parameter in model.named_parameters():
-        state = plain.state[masters[name]]
-        assert torch.equal(kept[f"masters/{name}"], masters[name]) and kept[f"step/{name}"] == 3
-        assert torch.equal(kept[f"exp_avg/{name}"], state["exp_avg"])
-        assert torch.equal(kept[f"exp_avg_sq/{name}"], state["exp_avg_sq"])
-        drawn = torch.empty_like(parameter)
-        optim.stochastic_round_(drawn, masters[name].detach(), seed=5, step=3, name=name)
-        assert torch.equal(parameter, drawn)
-
-
-def test_what_is_clipped_is_clipped_in_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits whatever the piece, and not those of the longer gradient; the norm is the whole gradient's."""
-    after, norms = [], []
-    for piece, longest in ((16, 1e-3), (updates.PIECE, 1e-3), (16, 0.0)):
-        monkeypatch.setattr(updates, "PIECE", piece)
-        model = Net(torch.bfloat16)
-        optimizer = Optimizer(model, name="adamw", max_grad_norm=longest)
-        for step in (1, 2):
-            backward(model, *data(6, seed=step), rows=6 if step == 1 else 2)
-            norms.append(optimizer.step(step, 1e-3))
-        after.append(torch.cat([t.view(-1) for n, t in optimizer.tensors().items() if n.startswith("exp_avg/")]))
-    assert torch.equal(after[0], after[1]) and not torch.equal(after[0], after[2])
-    assert norms[0] == pytest.approx(norms[2], rel=1e-6) == pytest.approx(norms[4], rel=1e-6)
 
 
 def ten_losses(dtype: torch.dtype, lr: float = 1e-6, seed: int = 3) -> tuple[list[float], Net]:

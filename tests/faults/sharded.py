@@ -30,7 +30,7 @@ FAULTS = [
     Fault(
         "sharded: every part is drawn with the bits of the first",
         _OPTIM,
-        "first = (self.rows.first * self.compute[:1].numel() if self.rows else 0) + start",
+        "first = self.rows.first * self.compute[:1].numel() if self.rows else 0",
         "first = 0",
         f"{_SHARDED} compute_copies",
     ),
@@ -149,7 +149,7 @@ FAULTS = [
     Fault(
         "sharded: a lean update draws every part with the bits of the first",
         _OPTIM,
-        "first = (self.rows.first * self.compute[:1].numel() if self.rows else 0) + start",
+        "first = self.rows.first * self.compute[:1].numel() if self.rows else 0",
         "first = 0",
         "tests/parallel/test_sharded_updates.py",
     ),

@@ -8,7 +8,6 @@ _STEP = "src/preftune/parts/step.py"
 _OBJECTIVE = "src/preftune/equations/objective.py"
 _COMMON = "src/preftune/parts/common.py"
 _OPTIM = "src/preftune/engine/optim.py"
-_UPDATES = "src/preftune/engine/updates.py"
 _ROUNDING = "src/preftune/engine/rounding.py"
 _CHECKPOINT = "src/preftune/engine/checkpoint.py"
 _SPLIT = "tests/parts/test_step.py -k"
@@ -155,37 +154,9 @@ FAULTS = [
     Fault(
         "optimizer: only the last micro-batch of a bf16 model counts",
         _OPTIM,
-        "_add(_gradient(self), parameter.grad)",
-        "_gradient(self).copy_(parameter.grad)",
+        "_add(self.master.grad, parameter.grad)",
+        "self.master.grad.copy_(parameter.grad)",
         f"{_WEIGHTS} many_micro_batches",
-    ),
-    Fault(
-        "optimizer: in pieces, every piece counts a step",
-        _UPDATES,
-        'steps = state["step"].clone()',
-        'steps = state["step"]',
-        f"{_WEIGHTS} in_pieces_has",
-    ),
-    Fault(
-        "optimizer: in pieces, nothing is clipped",
-        _UPDATES,
-        "[slope.float() * scale]",
-        "[slope.float()]",
-        f"{_WEIGHTS} clipped_in_pieces",
-    ),
-    Fault(
-        "optimizer: in pieces, every piece has the bits of the first",
-        _OPTIM,
-        "start=piece.start",
-        "start=0",
-        f"{_WEIGHTS} in_pieces_has",
-    ),
-    Fault(
-        "optimizer: in pieces, biases and norms decay too",
-        _OPTIM,
-        "return self._decay if weight.compute.ndim >= 2 else 0.0",
-        "return self._decay",
-        f"{_WEIGHTS} in_pieces_has",
     ),
     Fault(
         "optimizer: gradients are kept from step to step",

@@ -1,7 +1,7 @@
 """The optimizer step: float32 arithmetic on float32 masters, whatever the model computes in.
 
-A float32 (or float64) parameter is its own master. A bf16 parameter has a float32 master beside it: the bf16 gradients
-of the micro-batches become a float32 sum as soon as there are two, the step runs on the master, and the bf16
+A float32 (or float64) parameter is its own master. A bf16 parameter has a float32 master beside it: every
+micro-batch's bf16 gradient is added to a float32 sum and freed, the step runs on the master, and the bf16
 compute copy is drawn from it by stochastic rounding (`rounding.py` says why). That copy, not the master rounded to
 nearest, is the trained bf16 model: nearest would throw the small updates away again. It lives in the model's
 parameters, so saving the model saves it.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from preftune.engine.parallel import ALONE, World
 from preftune.engine.rounding import stochastic_round_
 from preftune.engine.sharding import Rows, free, own_part, weights_of
-from preftune.engine.updates import LEAN, OPTIMIZERS, PIECE, adamw_in_pieces_, lean_adamw_
+from preftune.engine.updates import LEAN, OPTIMIZERS, lean_adamw_
 from preftune.errors import ConfigError, NotFinite, ResumeMismatch, RunError
 
 __all__ = ["OPTIMIZERS", "Optimizer"]
@@ -51,28 +51,18 @@ class _Weight:
     rows: Rows | None = None
     """Which rows of the weight `compute` and `master` are; None: the whole weight."""
     lean: bool = False
-    only: Tensor | None = None
-    """The bf16 gradient of the step's first micro-batch, until a second one makes it a float32 sum."""
 
     def collect(self, parameter: Tensor) -> None:
-        """Take the bf16 gradient of one micro-batch: the first as it is, further ones into the float32 sum."""
+        """Add the bf16 gradient of one micro-batch to the float32 sum and free it.
+
+        The sum is not kept from step to step: backward makes it where activations have just been freed.
+        """
         assert parameter.grad is not None
-        if self.gradient is None:
-            self.only = parameter.grad
+        if self.master.grad is not None:
+            _add(self.master.grad, parameter.grad)
         else:
-            self.widen()
-            _add(_gradient(self), parameter.grad)
+            self.master.grad = parameter.grad.float()
         parameter.grad = None
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """The gradient collected so far, in float32 or in the dtype that holds it as well."""
-        return self.master.grad if self.only is None else self.only
-
-    def widen(self) -> None:
-        """The gradient, in float32, becomes the master's."""
-        if self.only is not None:
-            self.master.grad, self.only = self.only.float(), None
 
     @property
     def kept(self) -> Tensor:
@@ -84,19 +74,10 @@ class _Weight:
         """Is there a float32 master beside the compute copy?"""
         return self.master is not self.compute and not self.lean
 
-    def draw(self, out: Tensor, source: Tensor, seed: int, step: int, what: str = "", start: int = 0) -> None:
-        """Into `out` the bf16 neighbours of `source`: this weight's compute copy, or a moment that `what` names; or
-        elements of it, from number `start` on."""
-        first = (self.rows.first * self.compute[:1].numel() if self.rows else 0) + start
+    def draw(self, out: Tensor, source: Tensor, seed: int, step: int, what: str = "") -> None:
+        """Into `out` the bf16 neighbours of `source`: this weight's compute copy, or a moment that `what` names."""
+        first = self.rows.first * self.compute[:1].numel() if self.rows else 0
         stochastic_round_(out, source, seed=seed, step=step, name=self.name + what, first=first)
-
-    def draw_piece(self, piece: slice, seed: int, step: int) -> None:
-        """These elements of the compute copy from those of the master."""
-        self.draw(self.compute.data.view(-1)[piece], self.master.view(-1)[piece], seed, step, start=piece.start)
-
-    def forget(self) -> None:
-        """No gradient is left."""
-        self.master.grad = self.parameter.grad = self.only = None
 
     def take_part(self) -> None:
         """The gradient of these rows, which backward has summed over micro-batches and ranks, becomes the master's."""
@@ -161,27 +142,11 @@ class Optimizer:
         """
         assert step >= 1 and 0 <= lr < math.inf, (step, lr)
         self._add_up_ranks(step)
-        moved = [w for w in self._weights if w.gradient is not None]
+        moved = [w for w in self._weights if w.master.grad is not None]
         norm = self._gradient_norm(step, moved)
-        scale = self._longest / (norm + 1e-6) if norm > self._longest else 1.0  # as torch's clip_grad_norm_ has it
-        in_pieces = [w for w in moved if self.name == "adamw" and w.has_master and w.master.is_cpu]
-        for weight in in_pieces:
-            adamw_in_pieces_(
-                weight.master.data, _gradient(weight), self._torch.state[weight.master], lr=lr, scale=scale,
-                weight_decay=self._decay_of(weight),
-                draw=partial(weight.draw_piece, seed=self.seed, step=step),
-            )  # fmt: skip
-            weight.forget()
-        self._step_whole([w for w in moved if w.gradient is not None], step, lr, scale)
-        self.zero_grad()
-        return norm
-
-    def _step_whole(self, moved: list[_Weight], step: int, lr: float, scale: float) -> None:
-        """The step of torch's optimizer, or of `adamw_lean`, on weights as wholes."""
-        for weight in moved:
-            weight.widen()
-            if scale != 1.0:
-                _gradient(weight).mul_(scale)
+        if norm > self._longest:
+            for weight in moved:
+                _gradient(weight).mul_(self._longest / (norm + 1e-6))  # 1e-6 as torch's clip_grad_norm_ has it
         for group in self._torch.param_groups:
             group["lr"] = lr
         if self.name != LEAN:
@@ -192,17 +157,16 @@ class Optimizer:
             elif weight.lean:
                 lean_adamw_(
                     weight.compute.data, _gradient(weight), self._torch.state[weight.master], lr=lr,
-                    weight_decay=self._decay_of(weight),
+                    weight_decay=self._decay if weight.compute.ndim >= 2 else 0.0,
                     draw=partial(weight.draw, seed=self.seed, step=step),
                 )  # fmt: skip
-
-    def _decay_of(self, weight: _Weight) -> float:
-        return self._decay if weight.compute.ndim >= 2 else 0.0
+        self.zero_grad()
+        return norm
 
     def zero_grad(self) -> None:
         """Forget the gradients collected so far."""
         for weight in self._weights:
-            weight.forget()
+            weight.master.grad = weight.parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that resuming bit for bit needs, as `kind/parameter`; live tensors, which change with every step.
@@ -279,8 +243,6 @@ class Optimizer:
             weight.take_part()
         if self._world.size == 1 or self._sharded:
             return
-        for weight in self._weights:
-            weight.widen()
         reached = torch.tensor([float(w.master.grad is not None) for w in self._weights])
         self._world.add_up([reached], f"the gradients of step {step}")
         moved = [w for w, count in zip(self._weights, reached.tolist(), strict=True) if count]
@@ -296,8 +258,8 @@ class Optimizer:
                 "the loss does not depend on them, or backward() was not called"
             )
         gradients = [_gradient(w) for w in moved]
-        norm = torch.linalg.vector_norm(torch.stack([_norm(g) for g in gradients]))
-        (total,) = self._of_all_rows([float(norm)], step)
+        pieces = [p for g in gradients for p in (g.reshape(-1).split(NORM_PIECE) if g.is_cpu else (g,))]
+        (total,) = self._of_all_rows([float(nn.utils.get_total_norm(pieces))], step)
         if math.isfinite(total):
             return total
         # Squares overflow float32 long before values do: float64 tells a large gradient from an infinite one.
@@ -374,20 +336,8 @@ def _add(total: Tensor, gradient: Tensor) -> None:
 
 
 def _gradient(weight: _Weight) -> Tensor:
-    assert weight.gradient is not None
-    return weight.gradient
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    """[] Euclidean norm, of a bf16 gradient in float32."""
-    if not gradient.is_cpu:
-        return nn.utils.get_total_norm([_wide(gradient)])
-    parts = (_wide(part).split(NORM_PIECE) for part in gradient.reshape(-1).split(PIECE))
-    return torch.linalg.vector_norm(torch.stack([nn.utils.get_total_norm(pieces) for pieces in parts]))
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype == torch.bfloat16 else values
+    assert weight.master.grad is not None
+    return weight.master.grad
 
 
 def _first(names: set[str]) -> str:

@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from preftune.errors import ConfigError
 
-__all__ = ["LEAN", "OPTIMIZERS", "PIECE", "adamw_in_pieces_", "lean_adamw_"]
+__all__ = ["LEAN", "OPTIMIZERS", "lean_adamw_"]
 
 ParamGroups = list[dict[str, Any]]
 BETAS, EPS = (0.9, 0.999), 1e-8
 LEAN = "adamw_lean"
-PIECE = 1 << 19  # elements of a weight at a time on a CPU: what is read twice is still in the cache
 
 
 def _adamw(groups: ParamGroups) -> torch.optim.Optimizer:
@@ -85,36 +83,6 @@ OPTIMIZERS: dict[str, tuple[Callable[[ParamGroups], torch.optim.Optimizer], Kept
     "sgd": (_sgd, lambda master: {}),
 }
 """Name -> how torch builds it, and what it keeps for a master once that has taken a step: kind -> shape and dtype."""
-
-
-def adamw_in_pieces_(
-    master: Tensor,
-    gradient: Tensor,
-    state: dict[str, Tensor],
-    *,
-    lr: float,
-    weight_decay: float,
-    scale: float,
-    draw: Callable[[slice], None],
-) -> None:
-    """torch's fused AdamW on `scale` times the gradient, to the bit, a piece of a float32 master at a time.
-
-    A piece is drawn into the compute copy (`draw`) while it is at hand, and of a bf16 gradient no float32 copy is made
-    but the piece's: on a CPU an update is as long as the memory it passes.
-    """
-    if not state:
-        state |= {"step": torch.zeros(())} | {kind: torch.zeros_like(master) for kind in ("exp_avg", "exp_avg_sq")}
-    whole = master.view(-1), gradient.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-    for start in range(0, master.numel(), PIECE):
-        piece = slice(start, min(start + PIECE, master.numel()))
-        weights, slope, mean, square = (each[piece] for each in whole)
-        steps = state["step"].clone()  # counted up by every call
-        adamw(
-            [weights], [slope.float() * scale], [mean], [square], [], [steps], fused=True, amsgrad=False,
-            beta1=BETAS[0], beta2=BETAS[1], lr=lr, weight_decay=weight_decay, eps=EPS, maximize=False,
-        )  # fmt: skip
-        draw(piece)
-    state["step"] += 1
 
 
 def lean_adamw_(
