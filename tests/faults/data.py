@@ -23,8 +23,8 @@ FAULTS = [
     Fault(
         "token file: numbers of rows that were left out stand for those that are left",
         _FILE,
-        'return self._rows.column(f"n_{name}", np.int64)[self._row]',
-        'return self._rows.column(f"n_{name}", np.int64)[: len(self._row)]',
+        "else whole[self._row]",
+        "else whole[: len(self._row)]",
         f"{_OF_FILE} -k come_back",
     ),
     Fault(

@@ -25,8 +25,8 @@ FAULTS = [
     Fault(
         "room: only the first reader counts",
         _ROOM,
-        "    for one in readers:\n",
-        "    for one in readers[:1]:\n",
+        "    for one in readers:\n        try:",
+        "    for one in readers[:1]:\n        try:",
         f"{_TESTS} every_reader",
     ),
     Fault(
