@@ -145,22 +145,21 @@ def at_targets(logits_CB: Tensor, targets_C: Tensor, low: int, elsewhere_C: Tens
 
     Every token is asked in every block: which ones a block has would have to be read back from the device.
     """
-    column, inside = _columns(logits_CB, targets_C, low)
-    return logits_CB.gather(1, column)[:, 0].where(inside, elsewhere_C)
+    place, inside = _places(logits_CB, targets_C, low)
+    return logits_CB[place].where(inside, elsewhere_C)
 
 
 def _put_at_targets(pull_CB: Tensor, targets_C: Tensor, low: int, values_C: Tensor) -> None:
     """Write `values` where `at_targets` reads."""
-    column, inside = _columns(pull_CB, targets_C, low)
-    old = pull_CB.gather(1, column)[:, 0]
-    pull_CB.scatter_(1, column, values_C.to(old.dtype).where(inside, old)[:, None])
+    place, inside = _places(pull_CB, targets_C, low)
+    pull_CB[place] = values_C.to(pull_CB.dtype).where(inside, pull_CB[place])
 
 
-def _columns(block_CB: Tensor, targets_C: Tensor, low: int) -> tuple[Tensor, Tensor]:
-    """[C, 1] the target's column, or the nearest one, and [C] whether the block has it."""
-    column, last = targets_C - low, block_CB.shape[1] - 1
-    nearest = column.clamp(0, last)
-    return nearest[:, None], nearest == column
+def _places(block_CB: Tensor, targets_C: Tensor, low: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """([C] rows, [C] columns of the targets, or the nearest ones) and [C] whether the block has the target."""
+    column = targets_C - low
+    nearest = column.clamp(0, block_CB.shape[1] - 1)
+    return (torch.arange(len(column), device=column.device), nearest), nearest == column
 
 
 Pull = tuple[int, Tensor, Tensor, Tensor | None]
