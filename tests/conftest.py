@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFTUNE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def products_as_they_come() -> Iterator[None]:
+    """A wide model asks oneDNN for the process's float32 products: what is opened after it would round otherwise than
+    in a process of its own."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from preftune.models import products
 from preftune.models.load import load
 from preftune.models.products import ALLOWED, WIDTH, product_error, use_onednn
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    """The setting is the process's: other tests find it as this one did."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(("error", "precision"), [(4e-7, "medium"), (3e-4, "highest"), (3e-3, "highest")])
