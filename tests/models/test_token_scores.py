@@ -15,6 +15,7 @@ from preftune.data.packing import pack, pad
 from preftune.errors import RunError
 from preftune.models.attention import install, own_attention
 from preftune.models.logprobs import TokenScores, score, score_tokens
+from preftune.studies.cost import peak
 from preftune.tensors import PackedBatch, ResponseLogps, TokenGroup
 
 SMALL = {
@@ -198,3 +199,20 @@ def test_a_divergence_without_a_reference_or_across_vocabularies_is_refused() ->
     with pytest.raises(RunError, match="the policy has 97 entries, the reference 104; use a reference"):
         score_tokens(policy, batch, reference_model=larger, divergence=True)
     assert score_tokens(policy, batch, reference_model=larger).reference is not None
+
+
+def test_a_reference_in_memory_adds_nothing_to_the_peak_but_itself() -> None:
+    """Its forward is over before anything of the policy's waits for the backward pass: bytes of the allocator."""
+    policy, reference = (build("Llama", seed, torch.float32, hidden_size=128) for seed in (0, 1))
+    batch = pack(groups() * 8)
+
+    def most(beside: Any) -> int:
+        def step() -> None:
+            policy.zero_grad(set_to_none=True)
+            score_tokens(policy, batch, reference_model=beside).logps.sum().backward()
+
+        step()
+        return peak(step, 0)
+
+    alone = most(None)
+    assert most(reference) <= alone + 64 * len(batch.targets)  # some numbers per completion token

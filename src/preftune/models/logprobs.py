@@ -80,12 +80,12 @@ def score_tokens(
         )
 
     def scores() -> TokenScores:
-        policy = _head_inputs(model, batch, temperature)
         reference = reference_C = None
-        if reference_model is not None:
+        if reference_model is not None:  # first: its layers' work is gone before the policy's is held
             with torch.no_grad():
                 reference = computed(reference_model, lambda: _head_inputs(reference_model, batch, temperature))
                 reference_C = reference.logps(batch.targets)
+        policy = _head_inputs(model, batch, temperature)
         return TokenScores(
             policy.logps(batch.targets),
             reference_C,
