@@ -53,7 +53,7 @@ FAULTS = [
         "head: 1 is taken from a probability that was rounded to bfloat16",
         _HEAD,
         "_put_at_targets(pull, targets, low, miss / f)",
-        "_put_at_targets(pull, targets, low, at_targets(pull, targets, low, miss) - 1 / f)",
+        "_put_at_targets(pull, targets, low, at_targets(pull, targets, low, miss) - (1 / f).to(pull.dtype))",
         f"{_TESTS} -k nearly_certain",
     ),
     Fault(
