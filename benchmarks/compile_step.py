@@ -41,6 +41,7 @@ from preftune.models import attention, last_layer
 from preftune.models.backends import choose_backend
 from preftune.models.checkpointing import recompute_activations
 from preftune.models.logprobs import score
+from preftune.models.norms import lighten_norms
 from preftune.tensors import PackedBatch, TokenGroup
 from step_work import PROFILES, SHAPE
 
@@ -66,7 +67,7 @@ def main() -> None:
     step = partial(dpo_step, model, batches)
     recompute_activations(model, args.activation_checkpointing)
     ways = {how: WAYS[how](model, dynamic=not args.static) for how in args.how}
-    switch = partial(put, ways)
+    switch = partial(put, ways, as_it_came(ways))
     rows = {"plain": {"first": cost(step, device), **facts(model, batches[0])}}
     own = rows["plain"].pop("numbers")
     for how in ways:
@@ -121,6 +122,7 @@ def model_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
     reason = attention.install(model)
     assert reason is None, reason
     attention.use_backend(model, choose_backend(model)[0])
+    lighten_norms(model)
     return model
 
 
@@ -166,7 +168,9 @@ def layer(model: Any, dynamic: bool) -> list[Swap]:
             return self._gradient_checkpointing_func(partial(inner, self, **keywords), *args)
         return inner(self, *args, **keywords)
 
-    return [(each, "forward", MethodType(forward, each)) for each in attention.decoder(model).layers]
+    swaps: list[Swap] = [(each, "forward", MethodType(forward, each)) for each in attention.decoder(model).layers]
+    norms = [module for module in model.modules() if isinstance(module, modeling_llama.LlamaRMSNorm)]
+    return swaps + [(norm, "forward", MethodType(modeling_llama.LlamaRMSNorm.forward, norm)) for norm in norms]
 
 
 def pieces(model: Any, dynamic: bool) -> list[Swap]:
@@ -188,19 +192,24 @@ def pieces(model: Any, dynamic: bool) -> list[Swap]:
 
 
 WAYS: dict[str, Callable[..., list[Swap]]] = {"layer": layer, "pieces": pieces}
-_PLAIN = {"apply_rotary_pos_emb": modeling_llama.apply_rotary_pos_emb}
 
 
-def put(ways: dict[str, list[Swap]], how: str) -> None:
+def as_it_came(ways: dict[str, list[Swap]]) -> list[Swap]:
+    """What stands where something is to be swapped; None where a module's class has it."""
+    places = [(where, name) for swaps in ways.values() for where, name, _ in swaps]
+    return [
+        (where, name, where.__dict__.get(name) if isinstance(where, torch.nn.Module) else getattr(where, name))
+        for where, name in places
+    ]
+
+
+def put(ways: dict[str, list[Swap]], plain: list[Swap], how: str) -> None:
     """All as it came, then what `how` compiles."""
-    for swaps in ways.values():
-        for where, name, _ in swaps:
-            if isinstance(where, torch.nn.Module):
-                where.__dict__.pop(name, None)  # the class's own shows again
-            else:
-                setattr(where, name, _PLAIN[name])
-    for where, name, new in ways.get(how, []):
-        setattr(where, name, new)
+    for where, name, new in [*plain, *ways.get(how, [])]:
+        if new is None:
+            where.__dict__.pop(name, None)  # the class's own shows again
+        else:
+            setattr(where, name, new)
 
 
 # What is measured ------------------------------------------------------------------------------------------------

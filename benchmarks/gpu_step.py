@@ -187,6 +187,7 @@ def preftune(job: Job) -> Answer:
     from preftune.models.attention import install, use_backend
     from preftune.models.backends import choose_backend
     from preftune.models.logprobs import check_packing, score
+    from preftune.models.norms import lighten_norms
     from preftune.parts.common import Batching
     from preftune.parts.reference import Reference
     from preftune.parts.step import Scorer
@@ -196,6 +197,7 @@ def preftune(job: Job) -> Answer:
     model = job.model
     reason = install(model)
     assert reason is None, reason
+    lighten_norms(model)
     attention, why = choose_backend(model)
     use_backend(model, attention)
     groups = {id(pairs): [TokenGroup(p, (c, r), ((0, 1),)) for p, c, r in pairs] for pairs in job.steps}

@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES, groups_of, tiny
 from torch import Tensor
 
 from preftune.data.packing import micro_batches, pack, pad
-from preftune.models import attention
+from preftune.models import attention, blocks
 from preftune.models.attention import install, own_attention, use_backend
 from preftune.models.logprobs import score
 from preftune.tensors import PackedBatch, TokenGroup
@@ -54,7 +54,7 @@ def assert_equal(model: Any, ours_C: Tensor, theirs_C: Tensor, tolerance: float)
         assert (ours[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
-@pytest.mark.parametrize("path", ["blocks", "segments", "dense"])
+@pytest.mark.parametrize("path", ["blocks", "parts", "segments", "dense"])
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.usefixtures("truly_float64")
@@ -64,8 +64,10 @@ def test_packed_equals_alone_in_value_and_gradient(
     """float64, 1e-11: K responses over one prompt, whichever way the row is cut for attention."""
     model, groups = tiny(name, FLOAT64), groups_of(k)
     assert install(model) is None
-    if path == "segments":  # what long groups and accelerators take
+    if path == "segments":  # what accelerators take
         monkeypatch.setattr(attention, "_BLOCK_ELSE", 0)
+    if path == "parts":  # what longer groups take
+        monkeypatch.setattr(blocks, "PART", 8)
     use_backend(model, "dense" if path == "dense" else "sdpa")
     assert_equal(model, score(model, pack(groups)), alone(model, groups), 1e-11)
 

@@ -108,13 +108,17 @@ def test_padding_never_changes_a_log_prob() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_groups_go_segment_by_segment_and_agree_with_the_oracle(dtype: torch.dtype) -> None:
+def test_long_groups_go_segment_by_segment_and_agree_with_the_oracle(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Groups beyond a block's size, short ones merged beside them, under a window that cuts: `sdpa` equals `dense`."""
+    monkeypatch.setattr(attention, "_BLOCK", {})
+    monkeypatch.setattr(attention, "_BLOCK_ELSE", 192)
     model = build("Mistral", dtype, **LLAMA, sliding_window=300)
     assert install(model) is None
     batch = pack([GROUPS[0], GROUPS[1], group(800, 90, 260), GROUPS[2], group(350, 2, 40)])
     assert batch.plan is not None
-    kinds = [tile.is_block for tile in Layout(batch.plan).tiles(torch.zeros(1), 1, None, 192)]
+    kinds = [tile.is_block for tile in Layout(batch.plan).tiles(torch.zeros(1), None, 192)]
     assert kinds == [True, False, False, True, False, False]
     with torch.no_grad():
         ours = score(model, batch)

@@ -3,16 +3,16 @@
 transformers hands every keyword of a forward down to the attention function, and builds no mask for a function that
 has no entry among its mask functions. So `score` passes a `Layout` and each layer attends as the layout says.
 
-Legend of shapes: N tokens in the row, H query heads, G query heads per key/value head, D head size,
-Q queries and K keys of one tile.
+Legend of shapes: N tokens in the row, H query heads, D head size, Q queries and K keys of one tile.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from preftune.errors import ConfigError, RunError
+from preftune.models.blocks import Part, attend_in_parts, parts_of
 from preftune.models.kernels import VarlenPlan, flex_attention, varlen_attention, varlen_plan
 from preftune.models.load import active_dropouts, quiet
 from preftune.tensors import AttentionPlan, Segment
@@ -40,11 +41,11 @@ __all__ = [
 NAME = "preftune"
 KEYWORD = "packed_layout"
 
-# CPU: up to this many tokens a group is one masked block of three matrix products instead of one SDPA call per
-# segment. Measured at 121 + 39 + 51 tokens, 9/3 heads: 3 times faster in bf16, whose CPU flash backward is slow;
-# in float32 only small groups gain. Short groups are merged into blocks of about MERGED tokens: fewer calls.
-_BLOCK = {torch.bfloat16: 1024, torch.float16: 1024}
-_BLOCK_ELSE, MERGED = 192, 128
+# CPU: up to this many tokens a group is a block of matrix products instead of one SDPA call per segment: in bfloat16
+# twice as fast or more at any length, in float32 up to here. Short groups are merged into blocks of about MERGED
+# tokens: fewer calls. Measured: benchmarks/LOG.md.
+_BLOCK = {torch.bfloat16: math.inf, torch.float16: math.inf}
+_BLOCK_ELSE, MERGED = 1024, 128
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -56,9 +57,11 @@ class Tile:
     prefix_start: int = 0
     prefix_end: int = 0
     is_block: bool = False
-    """True: whole groups under a mask, by matrix products. False: one segment, by SDPA."""
+    """True: whole groups, by matrix products. False: one segment, by SDPA."""
+    parts: tuple[Part, ...] = ()
+    """Of a block."""
     mask: Tensor | None = None
-    """[Q, K] added to the scores, repeated to [G * Q, K] for a block; None means causal."""
+    """[Q, K] added to the scores of a segment; None means causal."""
 
 
 class Layout:
@@ -88,12 +91,12 @@ class Layout:
         self._position = torch.arange(plan.length) + offset
         self.longest = int(self._position.max()) + 1
 
-    def tiles(self, query: Tensor, groups: int, window: int | None, block: int) -> list[Tile]:
-        """The tiling in which groups of up to `block` tokens are blocks, with masks like `query`; `groups` is G."""
+    def tiles(self, query: Tensor, window: int | None, block: float) -> list[Tile]:
+        """The tiling in which groups of up to `block` tokens are blocks, with masks like `query`."""
         window = self._cutting(window)
-        key = (groups, window, block)
+        key = (window, block)
         if key not in self._tiles:
-            self._tiles[key] = [self._with_mask(tile, query, groups, window) for tile in self._cut(block)]
+            self._tiles[key] = [self._with_mask(tile, query, window) for tile in self._cut(block)]
         return self._tiles[key]
 
     def varlen(self, device: torch.device) -> VarlenPlan:
@@ -124,7 +127,7 @@ class Layout:
         """None where a window cuts nothing off: then a sliding layer is a full one, and shares its tiles."""
         return None if window is None or window >= self.longest else window
 
-    def _cut(self, block: int) -> list[Tile]:
+    def _cut(self, block: float) -> list[Tile]:
         starts = [s.start for s in self.plan.segments if s.prefix_end <= s.prefix_start]
         tiles: list[Tile] = []
         for start, end in pairwise([*starts, self.plan.length]):
@@ -137,17 +140,17 @@ class Layout:
                 tiles.append(Tile(start, end, is_block=True))
         return tiles
 
-    def _with_mask(self, tile: Tile, query: Tensor, groups: int, window: int | None) -> Tile:
-        alone = not tile.is_block and tile.prefix_end <= tile.prefix_start
-        if alone and (window is None or tile.end - tile.start <= window):
+    def _with_mask(self, tile: Tile, query: Tensor, window: int | None) -> Tile:
+        first = tile.start
+        if tile.is_block:
+            seen = lambda rows, columns: self.visible(first + rows, first + columns, window)  # noqa: E731
+            return replace(tile, parts=parts_of(tile.end - first, seen, query))
+        if tile.prefix_end <= tile.prefix_start and (window is None or tile.end - first <= window):
             return tile
-        rows = torch.arange(tile.start, tile.end)
+        rows = torch.arange(first, tile.end)
         columns = torch.cat((torch.arange(tile.prefix_start, tile.prefix_end), rows))
         hidden = ~self.visible(rows, columns, window).to(query.device)
-        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-        if tile.is_block:
-            mask = mask.repeat(groups, 1)
-        return Tile(tile.start, tile.end, tile.prefix_start, tile.prefix_end, tile.is_block, mask)
+        return replace(tile, mask=query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")))
 
     def visible(self, rows: Tensor, columns: Tensor, window: int | None = None) -> Tensor:
         """[Q, K] bool: does token `rows[i]` see token `columns[j]`? `window` counts positions, its own included."""
@@ -165,11 +168,10 @@ def sdpa(
 ) -> Tensor:
     """Segment by segment through torch's SDPA, on any device; short groups on the CPU, and softcap, as blocks."""
     if softcap is not None:
-        block = layout.plan.length  # SDPA knows no softcap
+        block = math.inf  # SDPA knows no softcap
     else:
         block = _BLOCK.get(query.dtype, _BLOCK_ELSE) if query.device.type == "cpu" else 0
-    groups = query.shape[1] // key.shape[1]
-    tiles = layout.tiles(query, groups, window, block)
+    tiles = layout.tiles(query, window, block)
     sizes = [tile.end - tile.start for tile in tiles]
     out = []
     # split, not slices: its backward writes each gradient once instead of adding full-size zeros per slice.
@@ -178,12 +180,12 @@ def sdpa(
             prefix = slice(tile.prefix_start, tile.prefix_end)
             k, v = torch.cat((key[:, :, prefix], k), 2), torch.cat((value[:, :, prefix], v), 2)
         if tile.is_block:
-            out.append(_block(q, k, v, tile.mask, scale, softcap))
+            out.append(attend_in_parts(q, k, v, tile.parts, scale, softcap))
         else:
-            causal = tile.mask is None
             o = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=tile.mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
-            )
+                q, k, v, attn_mask=tile.mask, is_causal=tile.mask is None, scale=scale,
+                enable_gqa=query.shape[1] > key.shape[1],
+            )  # fmt: skip
             out.append(o.transpose(1, 2))
     return torch.cat(out, 1)
 
@@ -194,9 +196,12 @@ def dense(
     """The whole row under one [N, N] mask: the oracle, quadratic in N."""
     rows = torch.arange(layout.plan.length)
     hidden = ~layout.visible(rows, rows, window).to(query.device)
-    groups = query.shape[1] // key.shape[1]
-    mask = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
-    return _block(query, key, value, mask, scale, softcap)
+    mask = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    keys, values = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+    scores = query @ keys.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return (torch.softmax(scores + mask, -1) @ values).transpose(1, 2)
 
 
 def varlen(
@@ -215,22 +220,6 @@ def flex(
 
 
 BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "dense": dense, "varlen": varlen, "flex": flex}
-
-
-def _block(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
-    """softmax(softcap(scale * q k^T) + mask) v as plain matrix products: [1, H, Q, D] -> [1, Q, H, D]."""
-    assert mask is not None
-    _, heads, length, size = query.shape
-    q = query.reshape(key.shape[1], -1, size)  # the G query heads of a key/value head below one another
-    keys = key[0].transpose(1, 2)
-    if softcap is None:
-        scores = torch.baddbmm(mask.expand(key.shape[1], -1, -1), q, keys, alpha=scale)
-    else:
-        scores = torch.tanh(torch.bmm(q, keys) * (scale / softcap)) * softcap + mask
-    out = torch.bmm(torch.softmax(scores, -1), value[0])
-    return out.view(1, heads, length, -1).transpose(1, 2)
 
 
 class _NoLayout(RunError):

@@ -38,6 +38,7 @@ from preftune.errors import ArtifactError, ConfigError, PreftuneError
 from preftune.models.checkpointing import Recomputed
 from preftune.models.head import room_of
 from preftune.models.last_layer import last_feed_forward
+from preftune.models.norms import lighten_norms
 
 __all__ = ["MOMENTS", "Memory", "Shape", "Traffic", "Work", "flops", "forward_flops", "memory", "traffic"]
 
@@ -142,6 +143,7 @@ class Shape:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_COUNTING).eval()
             _refuse_uncounted(model)
+            lighten_norms(model)
             kept = _kept(model)
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             raise ArtifactError(f"no causal language model can be laid out: {str(error).splitlines()[0]}") from error

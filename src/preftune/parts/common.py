@@ -29,6 +29,7 @@ from preftune.models.cost import Shape, Work, flops
 from preftune.models.layers import decoder_layers
 from preftune.models.load import LoadedModel, load, save, saved_as_adapter
 from preftune.models.logprobs import check_packing
+from preftune.models.norms import lighten_norms
 from preftune.parts.ending import finish
 from preftune.parts.fitting import Budget, attempt, attempt_in_step
 from preftune.parts.model_card import model_card
@@ -164,6 +165,7 @@ def open_model(
     if what == "auto":
         what, tokens = recomputation(cfg, loaded.model, device, run, packed=reason is None, role=role)
     recompute_activations(loaded.model, what)
+    lighten_norms(loaded.model)
     if sharded:
         if role not in ("model", "critic"):
             loaded.model.requires_grad_(False)  # nothing is learned by it, and a frozen part is half as large

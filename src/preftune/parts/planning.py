@@ -39,7 +39,7 @@ SHARE_OF_PEAK = (0.25, 0.7)
 """Of FLOPs done, recomputation included: public DPO runs reach 0.2 to 0.31, the best plain training known 0.67."""
 SHARE_OF_BANDWIDTH = (0.4, 0.8)
 USABLE = 0.7
-"""Of memory: the rest is for steps fuller than the mean one, fragments and the libraries; benchmarks/step.json."""
+"""Of memory: the rest is for steps fuller than the mean one, fragments and the libraries (results/step-hh.json)."""
 MOST_TOKENS = 32768
 PER_NODE = 8
 
