@@ -57,6 +57,20 @@ FAULTS = [
         f"{_COSTS} -k autograd_keeps",
     ),
     Fault(
+        "cost: of what is gathered outside of layers only the head counts",
+        _COST,
+        "shape.outside * size) if shards",
+        "shape.head * size) if shards",
+        "tests/parallel/test_gathered.py",
+    ),
+    Fault(
+        "cost: a reference in parts leaves nothing gathered",
+        _COST,
+        "size / shards + outside if reference_in_loop",
+        "size / shards if reference_in_loop",
+        "tests/parallel/test_gathered.py",
+    ),
+    Fault(
         "cost: an adapter carries the moments of the base",
         _COST,
         "moments=4 * moments * trained / shards",

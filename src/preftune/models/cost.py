@@ -113,6 +113,11 @@ class Shape:
         """H = V d."""
         return self.vocabulary * self.hidden
 
+    @property
+    def outside(self) -> int:
+        """Parameters outside of decoder layers, embedding and head, once where they are tied; and all norms."""
+        return self.parameters - self.body
+
     def kept_with(self, recomputed: Recomputed) -> float:
         """Bytes kept per fed token: all; inputs of layers, outputs of linear layers and attention; inputs of layers.
 
@@ -204,7 +209,7 @@ class Memory:
     """Bytes on one device at the fullest moment of a step."""
 
     weights: float
-    """What the model computes with; with shards, also the layers and the embedding in hand."""
+    """What the model computes with; with shards, also what is gathered: two layers, all that is outside of layers."""
     masters: float
     """float32 copies of trained bfloat16 weights."""
     moments: float
@@ -215,7 +220,7 @@ class Memory:
     head: float
     """Blocks of the vocabulary that are held, and hidden states of scored tokens."""
     reference: float
-    """A second model; 0 for a cached reference."""
+    """A second model; with shards, also all that is outside of its layers. 0 for a cached reference."""
 
     @property
     def total(self) -> float:
@@ -240,18 +245,19 @@ def memory(
     What the program itself occupies (libraries, CUDA context, fragments) is not in it.
     """
     trained, size = shape.trained(rank), shape.size
-    gathered = (2 * shape.body / shape.layers + shape.head) * size if shards > 1 else 0.0
+    # Backward: a layer and the next one, and what is outside of layers. A reference has run: of it the latter is left.
+    layers, outside = (2 * shape.body / shape.layers * size, shape.outside * size) if shards > 1 else (0.0, 0.0)
     frozen = shape.parameters if rank else 0
     kept = max(size, 4) if shards > 1 else size  # a part is kept in float32, for its gradient to be
     largest = shape.edges * rank / shape.layers if rank else shape.largest
     return Memory(
-        weights=(frozen * size + trained * kept) / shards + gathered,
+        weights=(frozen * size + trained * kept) / shards + layers + outside,
         masters=4 * trained / shards if size < 4 else 0.0,
         moments=4 * moments * trained / shards,
         gradients=4 * trained / shards + (size * largest if size < 4 else 0.0),
         activations=shape.kept_with(recomputed) * work.fed,
         head=room_of(work.scored, shape.vocabulary, shape.hidden, size, device),
-        reference=shape.parameters * size / shards if reference_in_loop else 0.0,
+        reference=shape.parameters * size / shards + outside if reference_in_loop else 0.0,
     )
 
 
