@@ -1,11 +1,13 @@
-"""Drawn labels that are not drawn as they say."""
+"""Drawn labels that are not drawn as they say; a page that serves nothing."""
 
 from __future__ import annotations
 
 from fault import Fault
 
 _SCORES = "src/preftune/judges/scores.py"
+_SERVE = "src/preftune/web/serve.py"
 _TESTS = "tests/judges/test_drawn_labels.py -k"
+_PAGE = "tests/web/test_serve.py -k nothing_to_label"
 
 FAULTS = [
     Fault(
@@ -50,4 +52,6 @@ FAULTS = [
         "Store.open(options.db)",
         "tests/web/test_serve.py -k not_there",
     ),
+    Fault("page: a slip in the name makes a store", _SERVE, ", new=bool(samples or gold)", "", _PAGE),
+    Fault("page: a store without items is served", _SERVE, "if store.is_empty():", "if False:", _PAGE),
 ]

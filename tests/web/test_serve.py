@@ -160,6 +160,24 @@ def test_an_export_of_a_store_that_is_not_there_makes_nothing(
     assert (tmp_path / "pairs.jsonl").read_text() == "kept" and not (tmp_path / "labls.db").exists()
 
 
+def test_a_page_with_nothing_to_label_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slip in the name serves no empty page and makes no file; nor is a store without items served as one."""
+    monkeypatch.setattr("preftune.web.serve._serve", lambda *_: None)  # it would not return
+    slip = str(tmp_path / "typo.db")
+    assert main(["label", "--db", slip, "--port", "0"]) == 2
+    said = capsys.readouterr().err
+    assert f"there is no store {slip}; name the file" in said and "preftune label --samples FILE" in said
+    (tmp_path / "none.jsonl").write_text("")
+    assert main(["label", "--db", slip, "--port", "0", "--samples", str(tmp_path / "none.jsonl")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["none.jsonl"]
+    assert main(["label", "--db", slip, "--accounts", "--invite", "Ada"]) == 0  # before the page, as docs/labelling.md
+    capsys.readouterr()
+    assert main(["label", "--db", slip, "--accounts", "--port", "0"]) == 2
+    assert "the store holds nothing to label: give --samples" in capsys.readouterr().err
+
+
 def test_export_and_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pairs are read by training, a history comes back byte for byte, another tool's rows are refused by line."""
     db, out = str(tmp_path / "l.db"), tmp_path / "out"

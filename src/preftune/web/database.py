@@ -34,7 +34,10 @@ class Database:
         self.engine = _engine(url)
         file = self.engine.url.database
         if not new and self.engine.dialect.name == "sqlite" and not Path(str(file)).is_file():
-            raise ConfigError(f"there is no store {file}; name the file that `preftune label --db` keeps labels in")
+            raise ConfigError(
+                f"there is no store {file}; name the file that `preftune label --db` keeps labels in, "
+                "or fill a new one: preftune label --samples FILE"
+            )
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self._turn = threading.Lock()
         self._writer = self.engine.execution_options(preftune_writes=True)

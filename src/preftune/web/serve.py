@@ -195,8 +195,11 @@ def _fill(options: PageOptions) -> Store:
     )
     samples = list(sampled_items(Path(options.samples))) if options.samples else []
     gold = list(gold_items(Path(options.gold))) if options.gold else []
-    store = Store.open(_database(options), wanted)
+    store = Store.open(_database(options), wanted, new=bool(samples or gold))
     added = store.add_items([*samples, *gold])
+    if store.is_empty():
+        store.close()
+        raise ConfigError("the store holds nothing to label: give --samples, what `preftune sample` wrote")
     _say(f"{added.new} new items, {added.known} known already; {options.overlap} label(s) wanted per item")
     return store
 

@@ -95,6 +95,11 @@ class Store:
         """Give the database's connections back."""
         self._database.close()
 
+    def is_empty(self) -> bool:
+        """Whether it holds no item."""
+        with self._database.reading() as connection:
+            return not _last(connection, items.c.id)
+
     def add_items(self, new: Iterable[Item]) -> Added:
         """Add items by content: one that is there already stays as it is, but takes the new priority, if any."""
         fresh: dict[str, Item] = {}
