@@ -41,7 +41,7 @@ def in_parts(layout: Layout, window: int | None, softcap: float | None, scale: f
 
 
 @pytest.mark.parametrize("part", [1, 8, 16, 128])
-@pytest.mark.parametrize("kept", [0, 2**24])
+@pytest.mark.parametrize("kept", [0, 2**25])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 7])
 def test_parts_give_the_values_and_gradients_of_the_definition(
