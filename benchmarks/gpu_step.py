@@ -274,7 +274,8 @@ def kept_by_the_head(model: Any, scored: int) -> str:
 def write(args: argparse.Namespace, device: torch.device, rows: list[dict[str, Any]]) -> None:
     facts = {
         "hardware": device_name(device),
-        "versions": {name: versioned(name) for name in ("preftune", "torch", "transformers", "trl")},
+        "versions": {name: versioned(name) for name in ("preftune", "transformers", "trl")}
+        | {"torch": torch.__version__},  # names the build, too: +cu132
         "settings": {"steps": args.steps, "tokens_per_batch": args.tokens_per_batch, "optimizer": "bfloat16 SGD"},
         "results": rows,
     }
