@@ -166,7 +166,7 @@ Backend = Callable[[Tensor, Tensor, Tensor, Layout, float, "int | None", "float 
 def sdpa(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Segment by segment through torch's SDPA, on any device; short groups on the CPU, and softcap, as blocks."""
+    """Segment by segment through torch's SDPA, on any device; groups on a CPU, and under a softcap, as blocks."""
     if softcap is not None:
         block = math.inf  # SDPA knows no softcap
     else:
