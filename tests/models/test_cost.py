@@ -47,7 +47,7 @@ ARCHITECTURES = {
     "qwen3": Qwen3Config(**TINY, num_key_value_heads=2, head_dim=32),
     "gemma": GemmaConfig(**TINY, num_key_value_heads=1, head_dim=32),
     "gpt2": GPT2Config(
-        n_embd=64, n_layer=3, n_head=4, vocab_size=384, n_positions=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        n_embd=64, n_layer=3, n_head=4, vocab_size=384, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     ),
 }
 
