@@ -25,6 +25,7 @@ from preftune.equations.stats import (
     calibration_error,
     equivalence,
     mean_interval,
+    mean_share,
     paired_bootstrap,
     paired_difference,
     ratio_interval,
@@ -178,19 +179,20 @@ def _tied(rng: np.random.Generator) -> tuple[Interval, float]:
     return wilson(60 - lost - tied / 2, 60), 0.6
 
 
-def _share(groups: int, each: int) -> Draw:
-    return lambda rng: (share(verdicts(rng, groups, each), clusters=labels(groups, each)), 0.6)
+def _share(groups: int, each: int, *, told: bool = True) -> Draw:
+    return lambda rng: (share(verdicts(rng, groups, each), clusters=labels(groups, each) if told else None), 0.6)
 
 
-def _naive_share(rng: np.random.Generator) -> tuple[Interval, float]:
-    return share(verdicts(rng, 40, 5)), 0.6
+def _near_one(prompts: int) -> Draw:
+    def draw(rng: np.random.Generator) -> tuple[Interval, float]:
+        falls = rng.random((prompts, 4)) < rng.beta(1, 9, (prompts, 1))
+        return mean_share(np.where(falls, rng.random((prompts, 4)), 1).ravel(), clusters=labels(prompts, 4)), 0.95
+
+    return draw
 
 
 def _clustered_mean(groups: int, each: int, *, told: bool = True) -> Draw:
-    return lambda rng: (
-        mean_interval(alike(rng, groups, each), clusters=labels(groups, each) if told else None),
-        0.0,
-    )
+    return lambda rng: (mean_interval(alike(rng, groups, each), clusters=labels(groups, each) if told else None), 0.0)
 
 
 def _unequal(rng: np.random.Generator) -> tuple[Interval, float]:
@@ -316,8 +318,10 @@ CASES = (
     Case("share, clusters", "40 prompts of 5, p 0.6", _share(40, 5)),
     Case("share, clusters", "10 prompts of 5, p 0.6", _share(10, 5), 0.93, 0.98,
          "the spread of 10 is itself uncertain"),
-    Case("share, not told of clusters", "40 prompts of 5, p 0.6", _naive_share, 0.75, 0.87,
+    Case("share, not told of clusters", "40 prompts of 5, p 0.6", _share(40, 5, told=False), 0.75, 0.87,
          "verdicts of one prompt agree"),
+    Case("mean_share, clusters", "40 prompts of 4, most 1", _near_one(40), 0.93, 0.95, "skewed values"),
+    Case("mean_share, clusters", "10 prompts of 4, most 1", _near_one(10), 0.92, 0.95, "skewed values"),
     Case("mean_interval", "5 normal", lambda rng: (mean_interval(rng.normal(3, 2, 5)), 3.0)),
     Case("mean_interval", "20 exponential", lambda rng: (mean_interval(rng.exponential(1, 20)), 1.0), 0.91, 0.94,
          "skewed values, and Student's t is symmetric"),

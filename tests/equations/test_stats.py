@@ -10,7 +10,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from preftune.equations.stats import Interval, mean_interval, paired_bootstrap, quantiles, ratio_interval, wilson
+from preftune.equations.stats import (
+    Interval,
+    mean_interval,
+    mean_share,
+    paired_bootstrap,
+    quantiles,
+    ratio_interval,
+    wilson,
+)
 
 
 def test_statistics_run_without_torch() -> None:
@@ -68,6 +76,38 @@ def test_an_impossible_share_is_refused(successes: float, n: int) -> None:
     """More successes than trials, or no trial, is an error of the caller."""
     with pytest.raises(ValueError, match="a share needs n >= 1 and 0 <= successes <= n"):
         wilson(successes, n)
+
+
+def test_the_mean_of_shares_is_the_set_of_means_a_score_test_accepts() -> None:
+    """At its ends the mean is t standard errors away, each shrunk as sqrt(m (1 - m)) from here to there; 6 clusters."""
+    shares, clusters = [1.0, 0.9, 1.0, 1.0, 0.75, 1.0, 0.95, 1.0, 1.0], [0, 0, 1, 1, 2, 3, 4, 4, 5]
+    mean, t = np.mean(shares), 2.570581835636314  # of 5 degrees of freedom
+    found, symmetric = mean_share(shares, clusters=clusters), mean_interval(shares, clusters=clusters)
+    error = (symmetric.high - mean) / t
+    for m in (found.low, found.high):
+        assert abs(mean - m) == pytest.approx(t * error * math.sqrt(m * (1 - m) / (mean * (1 - mean))), rel=1e-9)
+    assert found.low < symmetric.low < found.estimate == mean < found.high < 1 < symmetric.high
+
+
+def test_the_mean_of_shares_tends_to_the_mean_where_no_end_is_near() -> None:
+    """Of 400 uniform numbers: half as wide as if they were verdicts, and Student's t interval to a hundredth of it."""
+    shares = np.random.default_rng(0).random(400)
+    found, same = mean_share(shares), mean_interval(shares)
+    width = same.high - same.low
+    assert found.low == pytest.approx(same.low, abs=width / 100) and found.n == 400
+    assert found.high == pytest.approx(same.high, abs=width / 100)
+    assert width < 0.6 * (wilson(200, 400).high - wilson(200, 400).low)
+
+
+def test_shares_without_spread_count_as_one_verdict_a_cluster() -> None:
+    """Never seen is not never; of one cluster nothing is known."""
+    ones = mean_share([1.0] * 20, clusters=[i // 2 for i in range(20)])
+    assert 0.6 < ones.low < wilson(10, 10).low and ones.high == 1.0  # t of 9 degrees of freedom in place of z
+    assert mean_share([0.3, 0.3, 0.3]).high - 0.3 > 0.3
+    assert mean_share([0.0, 0.5], clusters=["x", "x"]) == Interval(0.25, 0.0, 1.0, 2)
+    for outside in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"shares lie in \[0, 1\]"):
+            mean_share([0.5, outside])
 
 
 # --- means -----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,27 @@ FAULTS = [
         "tests/equations/test_calibration.py tests/evaluation/test_win_rate.py tests/equations/test_resampling.py",
     ),
     Fault(
+        "mean of shares: no surer than as many verdicts",
+        _STATS,
+        "n_eff = p * (1 - p) / variance if variance >",
+        "n_eff = min(len(share_N), p * (1 - p) / variance) if variance >",
+        "tests/equations/test_stats.py -k mean_of_shares",
+    ),
+    Fault(
+        "mean of shares: where nothing varies it is known exactly",
+        _STATS,
+        "if variance > 1e-24 else float(groups)",
+        "if variance > 1e-24 else math.inf",
+        "tests/equations/test_stats.py -k without_spread",
+    ),
+    Fault(
+        "mean of shares: that of different words has the interval of any mean",
+        "src/preftune/parts/measuring.py",
+        "mean_share([row.distinct for row in rows], clusters=prompts)",
+        "mean_interval([row.distinct for row in rows], clusters=prompts)",
+        "tests/parts/test_measuring.py",
+    ),
+    Fault(
         "mean: the spread between clusters without G / (G - 1)",
         _STATS,
         "groups / (groups - 1) * float((sums_G**2).sum())",

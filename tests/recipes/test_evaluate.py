@@ -233,9 +233,10 @@ def test_one_prompt_has_no_interval(moved: list[Path], tiny_model_folder: Path, 
     more = {"max_prompts": 1, "against": "all"}
     card = evaluate.main(config(moved, tiny_model_folder, prompts, tmp_path / "run", **more))
     found = card.results["models"]["far"]
-    for name in ("reward", "reward_difference", "kl", "kl_per_token", "k1", "forward_kl", "tokens", "repeated"):
+    for name in ("reward", "reward_difference", "kl", "kl_per_token", "k1", "forward_kl", "tokens"):
         assert (found[name]["low"], found[name]["high"]) == ("-inf", "inf"), name
-    assert (found["finished"]["low"], found["finished"]["high"]) == (0, 1)
+    for name in ("finished", "loop", "distinct", "repeated", "said_elsewhere"):
+        assert (found[name]["low"], found[name]["high"]) == (0, 1), name
     assert card.results["length_controlled"] == [] and "leaderboard" not in card.results
 
 

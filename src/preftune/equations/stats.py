@@ -21,22 +21,10 @@ from numpy.typing import ArrayLike
 from preftune.equations.resampling import Floats, Statistic, jackknife, owners, resampled, weighted_mean
 
 __all__ = [
-    "Equivalence",
-    "Interval",
-    "bootstrap",
-    "calibration_error",
-    "equivalence",
-    "holm",
-    "mean_interval",
-    "mean_p",
-    "paired_bootstrap",
-    "paired_difference",
-    "quantiles",
-    "ratio_interval",
-    "seeds_and_prompts",
-    "share",
+    "Equivalence", "Interval", "bootstrap", "calibration_error", "equivalence", "holm", "mean_interval", "mean_p",
+    "mean_share", "paired_bootstrap", "paired_difference", "quantiles", "ratio_interval", "seeds_and_prompts", "share",
     "wilson",
-]
+]  # fmt: skip
 
 NORMAL = NormalDist()
 
@@ -120,6 +108,26 @@ def mean_interval(values: ArrayLike, level: float = 0.95, *, clusters: Sequence[
         return Interval(mean, -math.inf, math.inf, n)
     half = _t_quantile(quantile, groups - 1) * _standard_error(values_N, owner_N, groups)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def mean_share(shares: ArrayLike, level: float = 0.95, *, clusters: Sequence[object] | None = None) -> Interval:
+    """The mean of numbers between 0 and 1: Wilson's interval of n_eff = p (1 - p) / se^2, with t of G clusters.
+
+    It holds the means m with |p - m| <= t se sqrt(m (1 - m) / (p (1 - p))): a mean near an end can vary less, so none
+    beyond an end is among them, and the longer arm points inwards (quasi-likelihood: Wedderburn, 1974). Far from the
+    ends it is `mean_interval`; where all are equal each cluster counts as one verdict. Raises ValueError on a number
+    outside [0, 1], on none, or on a NaN.
+    """
+    share_N = _finite(shares)
+    if share_N.min() < 0 or share_N.max() > 1:
+        raise ValueError(f"shares lie in [0, 1], not from {share_N.min():g} to {share_N.max():g}")
+    owner_N, groups = owners(len(share_N), clusters)
+    p, quantile = float(share_N.mean()), _two_sided(level)
+    if groups == 1:
+        return Interval(p, 0.0, 1.0, len(share_N))
+    variance = _standard_error(share_N, owner_N, groups) ** 2
+    n_eff = p * (1 - p) / variance if variance > 1e-24 else float(groups)  # below it is what rounding makes of 0
+    return _wilson(p, n_eff, _t_quantile(quantile, groups - 1), len(share_N))
 
 
 def paired_difference(

@@ -16,7 +16,7 @@ import torch
 
 from preftune.config.comparison import EvaluateConfig
 from preftune.equations.optimum import best_of_n_mean, best_of_n_reward
-from preftune.equations.stats import Interval, mean_interval, paired_difference, ratio_interval, share
+from preftune.equations.stats import Interval, mean_interval, mean_share, paired_difference, ratio_interval, share
 from preftune.errors import RunError
 from preftune.evaluation.divergence import Divergence, divergences
 from preftune.evaluation.texts import repeated, said_elsewhere, shape
@@ -190,21 +190,14 @@ def of_texts(measured: Measured) -> dict[str, Interval | None]:
     """What the answers look like: lengths, how many ended, how often the same is said."""
     rows = measured.rows
     prompts = [row.prompt for row in rows]
-    found: dict[str, Interval | None] = {
-        column: _mean(rows, column) for column in ("tokens", "characters", "words", "distinct")
-    }
+    found: dict[str, Interval | None] = {column: _mean(rows, column) for column in ("tokens", "characters", "words")}
+    found["distinct"] = mean_share([row.distinct for row in rows], clusters=prompts)
     for column in ("finished", "loop"):
         found[column] = share([float(getattr(row, column)) for row in rows], clusters=prompts)
     texts = texts_of(measured)
-    found["repeated"] = _of_prompts([repeated(of_prompt) for of_prompt in texts])
-    found["said_elsewhere"] = _of_prompts(said_elsewhere(texts))
+    found["repeated"] = mean_share([repeated(of_prompt) for of_prompt in texts])
+    found["said_elsewhere"] = mean_share(said_elsewhere(texts))
     return found
-
-
-def _of_prompts(shares: Sequence[float]) -> Interval:
-    """The mean share over prompts; where it is 0 or 1 everywhere that of a count, for never seen is not never."""
-    spread = 0 < sum(shares) < len(shares) or len(shares) == 1
-    return mean_interval(shares) if spread else share(shares)
 
 
 def texts_of(measured: Measured) -> list[list[str]]:
