@@ -4,7 +4,8 @@ Every answer has random numbers of its own, a function of (seed, prompt's tokens
 the inverse of the cumulative distribution at one of them. So the answers depend neither on the batch size nor on
 what else is asked (up to floating-point rounding of the model itself), and the global random numbers are neither
 read nor moved. The prompt itself and not its position: a list of prompts may be reordered, extended or continued.
-A prompt is computed once for its n answers; a finished answer leaves the batch.
+A prompt is computed once for its n answers; a finished answer leaves the batch. What memory does not hold at once is
+drawn again in halves, down to a single answer, and is the same.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -27,7 +28,7 @@ from preftune.errors import ConfigError, NotFinite
 from preftune.models.attention import own_attention
 from preftune.records import Prompt, Response, from_json, to_json
 
-__all__ = ["Drawn", "draw", "encode_prompt", "plan", "sample"]
+__all__ = ["Budget", "Drawn", "draw", "encode_prompt", "plan", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,43 @@ class Drawn:
         return cls(tuple(prompt), tuple(ids), tuple(logps), from_json(response))
 
 
+class Budget(Protocol):
+    """What memory turns out to hold, shared by all draws of a run: `parts.fitting.DrawBudget`."""
+
+    limit: int | None
+    """At most so many answers at once; None: as many as are asked for."""
+
+    def gave_out(self, error: BaseException) -> bool:
+        """Is it for lack of memory?"""
+        ...
+
+    def lower(self, answers: int, *, prompt: str, tokens: int, drawn: int) -> None:
+        """Set a limit below so many answers. Raises RunError when it is one, to this prompt of so many tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is drawn at once: answers to prompts, both by their places."""
+
+    rows: Sequence[int]
+    which: range
+    written: list[list[int]] = field(default_factory=list)
+    """Ids of each answer, as far as it got; answers to one prompt stand together."""
+    logps: list[list[float]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.which)
+
+    def halves(self) -> list[_Part]:
+        """The first prompts and the others; of one prompt the first answers and the others."""
+        if len(self.rows) > 1:
+            half = len(self.rows) // 2
+            return [_Part(rows, self.which) for rows in (self.rows[:half], self.rows[half:])]
+        half = len(self.which) // 2
+        return [_Part(self.rows, which) for which in (self.which[:half], self.which[half:])]
+
+
 def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], **settings: Any) -> list[list[Response]]:
     """The responses of `draw`, which has the settings and their meaning."""
     return [[drawn.response for drawn in answers] for answers in draw(model, tokenizer, prompts, **settings)]
@@ -72,6 +110,8 @@ def draw(
     writer: str = "",
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda prompts: None,
+    budget: Budget | None = None,
+    origins: Sequence[str] = (),
 ) -> list[list[Drawn]]:
     """`n` answers to every prompt, in the order of the prompts, each with its log-prob under this very sampler.
 
@@ -79,8 +119,10 @@ def draw(
     tokens whose probability reaches it. `max_tokens` ends an answer, which then is not `finished`. Answers are numbered
     from `first`; where a prompt stands twice in the list, its second place gets the next `n`. `writer` names the
     model in the provenance (none: its path); `batch_size` counts answers; `progress` is told how many prompts were
-    just answered. A text prompt is encoded by the tokenizer, a conversation by its chat template. Texts hold no
-    special tokens. `logp` is of the tempered and cut law, so at temperature 1 and top_p 1 it is log pi(y | x).
+    just answered. With `budget`, answers for which memory gives out are drawn again in halves, and then no more than
+    its limit at once; `origins` are what its messages call the prompts. A text prompt is encoded by the tokenizer, a
+    conversation by its chat template. Texts hold no special tokens. `logp` is of the tempered and cut law, so at
+    temperature 1 and top_p 1 it is log pi(y | x).
     Raises ConfigError on a value out of range or a prompt that leaves the model no room.
     """
     _check(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, batch_size=batch_size)
@@ -91,20 +133,56 @@ def draw(
     settings = f"temperature={temperature:g} top_p={top_p:g} max_tokens={max_tokens} seed={seed} engine=local"
     numbers = _numbers(encoded, first, n)
     answers: list[list[Drawn]] = [[] for _ in prompts]
+
+    def compute(part: _Part) -> None:
+        streams = [_stream(seed, encoded[row], numbers[row][i]) for row in part.rows for i in part.which]
+        uniforms = np.stack([stream.random(max_tokens) for stream in streams])
+        _continue(model, [encoded[row] for row in part.rows], part, uniforms, temperature, top_p, stops)
+
+    def called(row: int) -> dict[str, Any]:
+        return {"prompt": origins[row] if origins else _quoted(prompts[row]), "tokens": len(encoded[row])}
+
     with _evaluation(model):
         for rows in batches:
-            streams = [_stream(seed, encoded[row], number) for row in rows for number in numbers[row]]
-            uniforms = np.stack([stream.random(max_tokens) for stream in streams])
-            written, logps = _continue(model, [encoded[row] for row in rows], n, uniforms, temperature, top_p, stops)
-            for position, ids in enumerate(written):
-                row, finished = rows[position // n], ids[-1] in stops
-                text = _text(tokenizer, encoded[row], ids[:-1] if finished else ids)
-                provenance = f"model={name} {settings} tokens={len(ids)}"
-                logp = math.fsum(logps[position])
-                response = Response(text=text, finished=finished, provenance=provenance, logp=logp)
-                answers[row].append(Drawn(tuple(encoded[row]), tuple(ids), tuple(logps[position]), response))
+            for part in _fitting(_Part(rows, range(n)), compute, batch_size, budget, called):
+                for position, (ids, logps) in enumerate(zip(part.written, part.logps, strict=True)):
+                    row, finished = part.rows[position // len(part.which)], ids[-1] in stops
+                    text = _text(tokenizer, encoded[row], ids[:-1] if finished else ids)
+                    provenance = f"model={name} {settings} tokens={len(ids)}"
+                    response = Response(text=text, finished=finished, provenance=provenance, logp=math.fsum(logps))
+                    answers[row].append(Drawn(tuple(encoded[row]), tuple(ids), tuple(logps), response))
             progress(len(rows))
     return answers
+
+
+def _fitting(
+    part: _Part,
+    compute: Callable[[_Part], None],
+    most: int,
+    budget: Budget | None,
+    called: Callable[[int], dict[str, Any]],
+) -> Iterator[_Part]:
+    """The part computed, or its halves in their order where it is more than `most` answers or than the budget.
+
+    `called`: what a message tells of a prompt.
+    """
+    left = [part]
+    while left:
+        part = left.pop()
+        if len(part) > min(most, (budget and budget.limit) or most):
+            left += reversed(part.halves())
+            continue
+        try:
+            compute(part)
+        except (RuntimeError, MemoryError) as error:
+            if budget is None or not budget.gave_out(error):
+                raise
+        else:
+            yield part
+            continue
+        # Outside of `except`: the traceback, which holds the cache, is gone.
+        budget.lower(len(part), **called(part.rows[0]), drawn=max(map(len, part.written), default=0))
+        left.append(part)  # which is too large now
 
 
 def plan(
@@ -112,7 +190,7 @@ def plan(
 ) -> list[list[int]]:
     """The batches of `sample` as positions in `prompts`, before anything is computed: short prompts first.
 
-    `sample` of one batch's prompts is one batch, with the numbers of the whole call to the last digit.
+    `sample` of one batch's prompts computes it alike, with the numbers of the whole call to the last digit.
     Raises ConfigError when a prompt leaves the model no room.
     """
     return _batches(model, [encode_prompt(tokenizer, prompt) for prompt in prompts], n, max_tokens, batch_size)
@@ -169,17 +247,19 @@ def _evaluation(model: Any) -> Iterator[None]:
 def _continue(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    n: int,
+    part: _Part,
     uniforms: NDArray[np.float64],
     temperature: float,
     top_p: float,
     stops: frozenset[int],
-) -> tuple[list[list[int]], list[list[float]]]:
-    """The ids of n answers to each prompt, a stop id included where one was drawn, and the log-prob of each id.
+) -> None:
+    """Write into `part` the ids of its answers, a stop id included where one was drawn, and the log-prob of each id.
 
     `uniforms` is [answers, tokens].
     """
-    device = model.device
+    device, n, written, logps = model.device, len(part.which), part.written, part.logps
+    written += [[] for _ in uniforms]
+    logps += [[] for _ in uniforms]
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -189,8 +269,6 @@ def _continue(
     cache.batch_repeat_interleave(n)
     mask, position = mask.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)
 
-    written: list[list[int]] = [[] for _ in uniforms]
-    logps: list[list[float]] = [[] for _ in uniforms]
     alive = np.arange(len(uniforms))  # the answer behind every row of the batch
     for t in range(uniforms.shape[1]):
         chosen, chosen_logps = _draw(logits, torch.from_numpy(uniforms[alive, t]).to(device), temperature, top_p)
@@ -213,7 +291,6 @@ def _continue(
         mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), position + 1
         step = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}
         logits = model(input_ids=chosen[:, None], **step).logits[:, -1]
-    return written, logps
 
 
 def _draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -249,6 +326,12 @@ def _text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
     head = tokenizer.decode(prompt, skip_special_tokens=True)
     whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _quoted(prompt: Prompt) -> str:
+    """How a prompt that has no other name begins."""
+    text = prompt if isinstance(prompt, str) else prompt[-1].content
+    return f"the prompt {text if len(text) <= 60 else f'{text[:57]}...'!r}"
 
 
 def _check_room(model: Any, longest: int, max_tokens: int) -> None:

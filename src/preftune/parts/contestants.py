@@ -32,6 +32,7 @@ from preftune.models.attention import install
 from preftune.models.folder import of_run
 from preftune.models.generate import draw, plan
 from preftune.models.load import LoadedModel, load
+from preftune.parts.fitting import DrawBudget
 from preftune.parts.room import Reader, reader, with_room
 from preftune.records import Prompt, SampledResponses, from_json, to_json
 from preftune.tensors import PackedBatch, TokenGroup
@@ -151,7 +152,8 @@ def ask(contestant: Contestant, prompts: Sequence[tuple[Prompt, str]], cfg: Eval
     """
     name, ranks = contestant.name, run.world
     texts_file, tokens_file = (run.folder / kind / f"{name}.jsonl" for kind in ("samples", "tokens"))
-    size: dict[str, Any] = {"n": cfg.n, "max_tokens": cfg.max_tokens, "batch_size": max(cfg.batch_size, cfg.n)}
+    size: dict[str, Any] = {"n": cfg.n, "max_tokens": cfg.max_tokens, "batch_size": cfg.batch_size}
+    budget = DrawBudget(run.note, lambda answers: f"--batch_size {answers}")
     keys = {prompt: _key(contestant, prompt, cfg) for prompt, _ in prompts}
     with ExitStack() as held:
         both = [(tokens_file, TOKENS), (texts_file, SAMPLES)] if not ranks.rank else []
@@ -163,7 +165,7 @@ def ask(contestant: Contestant, prompts: Sequence[tuple[Prompt, str]], cfg: Eval
         lacking = [rows for rows in batches if not all(asked[row] in found for row in rows)]
 
         def answered(rows: Sequence[int]) -> list[list[str]]:
-            drawn = _drawn(contestant, [prompts[row] for row in rows], keys, cfg, size)
+            drawn = _drawn(contestant, [prompts[row] for row in rows], keys, cfg, size | {"budget": budget})
             return [line for row, line in zip(rows, drawn, strict=True) if asked[row] not in found]
 
         with run.working(f"{name}: prompts answered", len(prompts)) as advance:
@@ -190,7 +192,7 @@ def _drawn(
     answers = draw(
         contestant.loaded.model, contestant.loaded.tokenizer, [prompt for prompt, _ in prompts],
         seed=_seed(cfg.seed, contestant.name), writer=contestant.name, temperature=cfg.temperature, top_p=cfg.top_p,
-        **size,
+        origins=[origin for _, origin in prompts], **size,
     )  # fmt: skip
     for (prompt, origin), one in zip(prompts, answers, strict=True):
         responses = tuple(answer.response for answer in one)

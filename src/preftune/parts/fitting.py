@@ -6,6 +6,8 @@
 Replaying the whole step is what makes it exact: a backward that stopped half-way has added to some gradients and not to
 others, and only a second copy of all gradients could tell which. It costs part of a step, once for each halving of a
 run, because the lowered budget stays. Denominators belong to the step, so no other number depends on the budget.
+
+Answers that are drawn are a function of seed and prompt, so half of them at a time are the same: `DrawBudget`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from preftune.engine.memory import out_of_memory
 from preftune.errors import RunError
 from preftune.tensors import PackedBatch, TokenGroup
 
-__all__ = ["Budget", "attempt", "attempt_in_step", "shorter_answers"]
+__all__ = ["Budget", "DrawBudget", "attempt", "attempt_in_step", "shorter_answers"]
 
 T = TypeVar("T")
 
@@ -71,6 +73,43 @@ class Budget:
             f"{row.origin or 'a row'}: out of memory with this row alone, {failed.input_ids.numel()} tokens with its "
             f"{len(row.responses)} responses. {self.shorter(row, self.fitted)}, or --activation_checkpointing full"
         )
+
+
+@dataclass
+class DrawBudget:
+    """How many answers memory has been seen to hold while they are drawn: shared by all draws of one run."""
+
+    note: Callable[[str], None] = print
+    setting: Callable[[int], str] | None = None
+    """Answers at once -> the setting that asks for so many; None: there is none."""
+    limit: int | None = None
+    """At most so many at once, fewer than asked for; None: as asked for."""
+
+    def gave_out(self, error: BaseException) -> bool:
+        """Is it for lack of memory? Everything else is not answered by fewer answers."""
+        return out_of_memory(error)
+
+    def lower(self, answers: int, *, prompt: str, tokens: int, drawn: int) -> None:
+        """Halve what did not fit. Raises RunError when that is one answer already, cut off after `drawn` tokens."""
+        _release()
+        if answers == 1:
+            fits = f"{drawn} did fit: set --max_tokens {drawn}" if drawn else "leave it out, or shorten it"
+            raise RunError(
+                f"{prompt}: out of memory with one answer alone, its prompt {tokens} tokens and {drawn} drawn; {fits}"
+            )
+        self.limit = answers // 2
+        hint = f" (next time: {self.setting(self.limit)})" if self.setting else ""
+        self.note(
+            f"out of memory while {answers} answers were drawn at once: these are drawn anew, and the run goes on, "
+            f"with at most {self.limit}{hint}"
+        )
+
+
+def _release() -> None:
+    """Give back what a failed attempt has left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -152,8 +191,6 @@ def attempt(
             return result
         # Outside of `except`: the traceback, which holds the activations, is gone.
         forget()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _release()
         given.note_fitted(budget)
         budget.below(given.at)

@@ -28,6 +28,7 @@ from preftune.evaluation.divergence import divergences
 from preftune.models.generate import Drawn, draw, plan
 from preftune.models.load import LoadedModel
 from preftune.parts.common import Batching, open_model
+from preftune.parts.fitting import DrawBudget
 from preftune.parts.online_pairs import Answers, comparable, interval_of, judge_round, write_samples
 from preftune.records import Prompt
 from preftune.tensors import TokenGroup
@@ -78,12 +79,12 @@ def round_seed(seed: int, number: int) -> int:
 def _drawn(loaded: LoadedModel, cfg: DpoConfig, number: int, prompts: Sequence[Prompt], run: Run) -> list[list[Drawn]]:
     """`cfg.n` responses to every prompt, in their order."""
     size: dict[str, Any] = {"n": cfg.n, "max_tokens": cfg.max_tokens, "batch_size": max(AT_ONCE, cfg.n)}
-    batches = plan(loaded.model, loaded.tokenizer, prompts, **size)
+    batches, budget = plan(loaded.model, loaded.tokenizer, prompts, **size), DrawBudget(run.note)
 
     def answered(rows: Sequence[int]) -> list[list[Drawn]]:
         return draw(
             loaded.model, loaded.tokenizer, [prompts[row] for row in rows], temperature=cfg.temperature,
-            seed=round_seed(cfg.seed, number), writer=loaded.weights_sha256[:16], **size,
+            seed=round_seed(cfg.seed, number), writer=loaded.weights_sha256[:16], budget=budget, **size,
         )  # fmt: skip
 
     found: dict[int, list[Drawn]] = {}

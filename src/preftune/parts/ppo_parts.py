@@ -30,7 +30,7 @@ from preftune.models.reward_head import load_reward_model
 from preftune.models.value_head import critic_of, with_value_head
 from preftune.parts.adapting import to_train
 from preftune.parts.common import Batching, open_model
-from preftune.parts.fitting import Budget, shorter_answers
+from preftune.parts.fitting import Budget, DrawBudget, shorter_answers
 from preftune.parts.policy_step import Learner
 from preftune.parts.reference import anchor
 from preftune.parts.rollouts import Models, Sampling, answered
@@ -196,14 +196,15 @@ def critic_learner(cfg: PpoConfig, models: Models, world: World = ALONE) -> Lear
     return Learner(models.critic, optimizer)
 
 
-def sampling_of(cfg: PpoConfig, asked: Asked) -> Sampling:
-    """As many responses at once as fit `tokens_per_batch`, at least one prompt's."""
+def sampling_of(cfg: PpoConfig, asked: Asked, run: Run) -> Sampling:
+    """As many responses at once as fit `tokens_per_batch`, at least one."""
     longest = max(len(group.prompt) for group, _ in asked) + cfg.max_tokens
     return Sampling(
         n=cfg.n,
         temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
-        at_once=max(cfg.n, cfg.tokens_per_batch // longest),
+        at_once=max(1, cfg.tokens_per_batch // longest),
+        budget=DrawBudget(run.note, lambda responses: f"--tokens_per_batch {responses * longest}"),
         missing_eos=cfg.missing_eos,
         missing_eos_value=cfg.eos_value(),
     )

@@ -14,7 +14,7 @@ Legend of shapes: R scored responses, L tokens of the longest, C completion toke
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ from preftune.models.generate import Drawn, draw
 from preftune.models.logprobs import score_tokens
 from preftune.models.value_head import token_values
 from preftune.parts.common import Batching
+from preftune.parts.fitting import DrawBudget
 from preftune.records import Prompt, Response
 from preftune.tensors import Ids, PackedBatch, TokenGroup
 
@@ -58,6 +59,8 @@ class Sampling:
     max_tokens: int = 128
     at_once: int = 64
     """Responses computed at once; moves nothing but the last digits."""
+    budget: DrawBudget = field(default_factory=DrawBudget)
+    """How many memory has been seen to hold, where that is less."""
     missing_eos: Literal["replace", "subtract", "none"] = "replace"
     """What becomes of the score of a response that the limit cut off: `equations.policy_gradient.with_missing_eos`."""
     missing_eos_value: float = -1.0
@@ -110,7 +113,9 @@ def roll_out(
 
     Raises RunError when no response has a score, NotFinite on a log-prob or a value that is none.
     """
-    drawn, scores = answered(models.policy, models.tokenizer, prompts, score, sampling, batching.world, seed=seed)
+    drawn, scores = answered(
+        models.policy, models.tokenizer, prompts, score, sampling, batching.world, seed=seed, origins=origins
+    )
     return assemble(models, drawn, scores, batching, sampling, scale=scale, origins=origins)
 
 
@@ -123,6 +128,7 @@ def answered(
     world: World,
     *,
     seed: int,
+    origins: Sequence[str] | None = None,
 ) -> tuple[list[list[Drawn]], list[list[float]]]:
     """Responses and scores, [prompt][response]; each prompt is answered and scored by one rank and known to all."""
     mine = world.share(range(len(prompts)), lambda i: 1)
@@ -130,7 +136,8 @@ def answered(
     with whole(model, world, "the weights to draw with"):  # each rank draws another number of tokens
         drawn = draw(
             model, tokenizer, asked, n=sampling.n, temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens, seed=seed, batch_size=sampling.at_once,
+            max_tokens=sampling.max_tokens, seed=seed, batch_size=sampling.at_once, budget=sampling.budget,
+            origins=[origins[i] for i in mine] if origins else (),
         )  # fmt: skip
     scores = scored(score, asked, drawn)
     if world.size == 1:

@@ -16,6 +16,7 @@ from preftune.engine.parallel import ALONE, World
 from preftune.models.generate import plan, sample
 from preftune.models.load import load
 from preftune.models.remote import Request, complete_in_order, endpoint
+from preftune.parts.fitting import DrawBudget
 from preftune.records import Prompt, Response, from_json, to_json
 
 __all__ = ["Local", "Remote", "Task", "Writer", "Written"]
@@ -64,6 +65,7 @@ class Local:
             "model_weights": self.loaded.weights_sha256,
             "model_tokenizer": self.loaded.tokenizer_sha256,
         }
+        self.budget = DrawBudget(display.note, lambda answers: f"--batch_size {answers}")
         display.note(f"{cfg.model}: {str(dtype).removeprefix('torch.')} on {device}")
 
     def write(self, tasks: Sequence[Task], done: frozenset[str]) -> Iterator[Written]:
@@ -90,7 +92,7 @@ class Local:
                 yield [(tasks[row], [from_json(each) for each in found]) for row, found in part]
 
     def _size(self) -> dict[str, int]:
-        return {"max_tokens": self.cfg.max_tokens, "batch_size": max(self.cfg.batch_size, self.cfg.n)}
+        return {"max_tokens": self.cfg.max_tokens, "batch_size": self.cfg.batch_size}
 
     def _answers(self, tasks: Sequence[Task], rows: Sequence[int]) -> Iterator[tuple[int, list[Response]]]:
         """The responses to one batch; those that go on from the same number together."""
@@ -100,7 +102,8 @@ class Local:
             answers = sample(
                 self.loaded.model, self.loaded.tokenizer, [tasks[row].prompt for row in part], n=cfg.n - first,
                 first=first, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p,
-                writer=self.loaded.weights_sha256[:16], **self._size(),
+                writer=self.loaded.weights_sha256[:16], budget=self.budget,
+                origins=[tasks[row].origin for row in part], **self._size(),
             )  # fmt: skip
             yield from zip(part, answers, strict=True)
 

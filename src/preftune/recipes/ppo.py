@@ -65,7 +65,7 @@ def main(cfg: PpoConfig) -> RunCard:
         held_out = read_prompts(cfg.eval_prompts, "eval", cfg, run, who) if cfg.eval_prompts else []
         asked = read_prompts(cfg.prompts, "train", cfg, run, who, held_out)
         prompt_of = {id(group): prompt for group, prompt in asked}
-        sampling = sampling_of(cfg, asked + held_out)
+        sampling = sampling_of(cfg, asked + held_out, run)
 
         plan = StepPlan([group for group, _ in asked], batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
         first = [prompt_of[id(group)] for group in plan.groups_of(0, 0)]
@@ -171,7 +171,7 @@ def evaluate(
     """
     rollout = roll_out(
         replace(models, critic=None), [prompt for _, prompt in held_out], reward, batching, replace(sampling, n=1),
-        seed=draw_seed(cfg, 0), scale=scale,
+        seed=draw_seed(cfg, 0), scale=scale, origins=[group.origin for group, _ in held_out],
     )  # fmt: skip
     scores, kl = rollout.scores.double().cpu().numpy(), rollout.divergence.sum(-1).double().cpu().numpy()
     finished = share(rollout.finished.double().cpu().numpy())
