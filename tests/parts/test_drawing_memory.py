@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_drawn_in_halves_and_is_the_same(model: Any, tight:
     assert_same(draw(model, Ids(), PROMPTS, **settings, budget=budget, progress=told.append), wanted)
     assert told == [len(PROMPTS)]
     assert said[0] == (
-        "out of memory while 18 answers were drawn at once: these are drawn anew, and the run goes on, with at most 9 "
+        "out of memory while 18 responses were drawn at once: these are drawn anew, and the run goes on, with at most 9 "
         "(next time: --batch_size 9)"
     )
     assert len(said) == len(memory.refused) and memory.refused, "each lack of memory lowers the limit, once"
@@ -137,7 +137,7 @@ def test_one_answer_that_does_not_fit_is_named_with_a_length_that_does(model: An
     whole = draw(model, Ids(), ["1 3 5"], **settings, max_tokens=20)
     assert len(whole[0][0].ids) > 9, "this answer must be a long one"
     tight(10)
-    named = r": out of memory with one answer alone, its prompt 3 tokens and 8 drawn; 8 did fit: set --max_tokens 8$"
+    named = r": out of memory with one response alone, its prompt 3 tokens and 8 drawn; 8 did fit: set --max_tokens 8$"
     for origins, name in ((["f.jsonl:7"], "f.jsonl:7"), ([], "the prompt '1 3 5'")):
         budget = DrawBudget(lambda note: None)
         with pytest.raises(RunError, match=f"^{re.escape(name)}{named}"):
@@ -227,7 +227,7 @@ def test_a_samples_file_is_that_of_a_larger_memory(
         sample.main(SampleConfig(**settings, n=n, out=str(tmp_path / "tight.jsonl")))
         assert made[-1].refused
     assert_same_files(tmp_path / "tight.jsonl", tmp_path / "large.jsonl")
-    assert "while 12 answers were drawn at once" in capsys.readouterr().err
+    assert "while 12 responses were drawn at once" in capsys.readouterr().err
 
 
 def test_an_evaluation_has_the_answers_of_a_larger_memory(
@@ -245,7 +245,7 @@ def test_an_evaluation_has_the_answers_of_a_larger_memory(
     for file in sorted((tmp_path / "large" / "tokens").iterdir()):
         assert file.read_bytes() == (tmp_path / "tight" / "tokens" / file.name).read_bytes()
         assert_same_files(tmp_path / "tight" / "samples" / file.name, tmp_path / "large" / "samples" / file.name)
-    assert any(re.search(r"answers were drawn at once.*next time: --batch_size \d+\)$", note) for note in card.notes)
+    assert any(re.search(r"responses were drawn at once.*next time: --batch_size \d+\)$", note) for note in card.notes)
 
 
 def ppo_run(model: Path, prompts: Path, out: Path, **more: Any) -> list[str]:
@@ -278,7 +278,7 @@ def test_rollouts_in_halves_give_the_same_run(
     assert numbers(tmp_path / "tight") == numbers(tmp_path / "large")
     one, other = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("tight", "large"))
     assert one == other, "the weights must be the same"
-    (first, *_) = [note for note in notes if note.startswith("out of memory while 8 answers were drawn at once")]
+    (first, *_) = [note for note in notes if note.startswith("out of memory while 8 responses were drawn at once")]
     tokens = int(re.findall(r"--tokens_per_batch (\d+)", first)[0])
     ppo_run(tiny_model_folder, asked, tmp_path / "next", **held, tokens_per_batch=tokens)
     assert made[-1].most <= 4, "the proposed setting draws no more at once"
@@ -289,6 +289,6 @@ def test_a_prompt_of_ppo_that_never_fits_is_named(
 ) -> None:
     """By file and line, with a --max_tokens that fits; the run card says failed."""
     opens_tight(monkeypatch, ppo_parts, "open_model", 8)
-    with pytest.raises(RunError, match=r"prompts.jsonl:\d+: out of memory with one answer alone.* --max_tokens \d+$"):
+    with pytest.raises(RunError, match=r"prompts.jsonl:\d+: out of memory with one response alone.* --max_tokens \d+$"):
         ppo_run(tiny_model_folder, asked, tmp_path / "run", shuffle=False)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

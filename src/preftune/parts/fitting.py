@@ -95,12 +95,12 @@ class DrawBudget:
         if answers == 1:
             fits = f"{drawn} did fit: set --max_tokens {drawn}" if drawn else "leave it out, or shorten it"
             raise RunError(
-                f"{prompt}: out of memory with one answer alone, its prompt {tokens} tokens and {drawn} drawn; {fits}"
+                f"{prompt}: out of memory with one response alone, its prompt {tokens} tokens and {drawn} drawn; {fits}"
             )
         self.limit = answers // 2
         hint = f" (next time: {self.setting(self.limit)})" if self.setting else ""
         self.note(
-            f"out of memory while {answers} answers were drawn at once: these are drawn anew, and the run goes on, "
+            f"out of memory while {answers} responses were drawn at once: these are drawn anew, and the run goes on, "
             f"with at most {self.limit}{hint}"
         )
 
