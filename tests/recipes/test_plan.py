@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from preftune.errors import ArtifactError, ConfigError, DataError
 from preftune.models.cost import Work
-from preftune.parts.planning import USABLE, Range, spoken
+from preftune.parts.planning import USABLE, Range, sized, spoken
 from preftune.recipes.plan import PlanConfig, _count, main
 
 LENGTHS = {"prompt_tokens": 130.0, "chosen_tokens": 70.0, "rejected_tokens": 60.0}
@@ -64,6 +65,17 @@ def test_what_does_not_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[s
     """A device too small for anything gets no advice but a way out."""
     assert main(PlanConfig(model=str(folder), memory=0.0001, **LENGTHS)).advised is None
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_nothing_that_is_held_or_sent_is_written_as_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of 0.2 million weights: its megabytes, kilobytes and times, in the table as in the advice, none 0."""
+    plan = main(PlanConfig(model=str(folder), gpus=2, rows=10, **LENGTHS))
+    said = capsys.readouterr().out
+    assert sized(plan.settings[0].memory.total) in said and "MB" in said
+    amounts = re.findall(r"[\d.]+(?= [TGMk]?B\b)", said)
+    assert len(amounts) > 12 and all(float(amount) > 0 for amount in amounts)
+    sizes = (0, 12, 9.996e5, 1.5e6, 32.96e9, 1.111e12)
+    assert [sized(size) for size in sizes] == ["0 B", "12 B", "1000 kB", "1.5 MB", "33 GB", "1.11 TB"]
 
 
 def test_times_and_counts_are_written_in_units_that_fit() -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "reference_seconds",
     "settings",
     "shortest",
+    "sized",
     "spoken",
 ]
 
@@ -162,6 +163,13 @@ def spoken(seconds: Range, times: float = 1.0) -> str:
 def shortest(value: float) -> str:
     """Two digits, plain."""
     return f"{float(f'{value:.2g}'):g}"
+
+
+def sized(held: float) -> str:
+    """`33.2 GB`: three digits, in the unit that suits so many bytes, 1e9 to a GB."""
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((u for u in units if held >= u[0]), (1.0, "B"))
+    return f"{float(f'{held / unit:.3g}'):g} {name}"
 
 
 def _sizes(job: Job) -> list[int]:

@@ -37,6 +37,7 @@ from preftune.parts.planning import (
     reference_seconds,
     settings,
     shortest,
+    sized,
     spoken,
 )
 from preftune.parts.reading import examined
@@ -130,9 +131,9 @@ def _opening(cfg: PlanConfig, plan: Plan, said: str) -> list[str]:
 
 
 def table(plan: Plan) -> list[str]:
-    """A row per setting, in Markdown: GB are 1e9 bytes, ranges run from the fast to the slow end."""
+    """A row per setting, in Markdown: ranges run from the fast to the slow end."""
     lines = [
-        "| shard | activation_checkpointing | tokens_per_batch | GB a device | fits | GB sent a step | a step "
+        "| shard | activation_checkpointing | tokens_per_batch | a device holds | fits | sends a step | a step "
         "| pairs/s | an epoch |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -140,8 +141,7 @@ def table(plan: Plan) -> list[str]:
         epoch = "" if plan.rows is None else spoken(one.seconds, plan.rows / plan.job.batch_size)
         cells = (
             _YES[one.shard], _CHECKPOINTING[one.activation_checkpointing], str(one.tokens_per_batch),
-            f"{one.memory.total / 1e9:.1f}", _YES[one.fits], f"{one.traffic.sent / 1e9:.3g}",
-            spoken(one.seconds),
+            sized(one.memory.total), _YES[one.fits], sized(one.traffic.sent), spoken(one.seconds),
             f"{shortest(one.pairs_per_second.slow)} to {shortest(one.pairs_per_second.fast)}", epoch,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -153,11 +153,11 @@ def _advice(plan: Plan) -> list[str]:
     if best is None:
         least = min(plan.settings, key=lambda one: one.memory.total)
         return [
-            f"nothing fits: the least, {least.memory.total / 1e9:.1f} GB, is above {USABLE:.0%} of "
+            f"nothing fits: the least, {sized(least.memory.total)}, is above {USABLE:.0%} of "
             f"{plan.accelerator.memory:g} GB; take more devices, an adapter (--lora_rank) or shorter rows"
         ]
-    parts = ", ".join(f"{name} {value / 1e9:.2g}" for name, value in asdict(best.memory).items() if value)
-    lines = [f"advised: {_named(best)}: the fastest at the slow end of what fits", f"its memory, GB: {parts}"]
+    parts = ", ".join(f"{name} {sized(value)}" for name, value in asdict(best.memory).items() if value)
+    lines = [f"advised: {_named(best)}: the fastest at the slow end of what fits", f"its memory: {parts}"]
     if best.shard:
         replicas = advised([one for one in plan.settings if not one.shard])
         lines.append(f"without --shard: {_named(replicas) if replicas else 'nothing fits'}")
