@@ -245,12 +245,24 @@ def test_a_fault_of_ours_keeps_its_traceback(recipe: Callable[[Recipe], None]) -
         main(["dpo", *NEEDED])
 
 
-def test_the_overview_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without arguments, or asked for help, all stages are shown on one screen."""
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_overview_names_every_stage(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without arguments, or asked for help: every stage once, what it does in one column, no line past the terminal."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert set(STAGES) == set(CONFIGS)
     assert main([]) == main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"\n  {stage:<12} {does}\n" in text for stage, does in STAGES.items()) and "\n  env " in text
+    _, _, stages = capsys.readouterr().out.rpartition("stages:\n")
+    start = 2 + max(map(len, STAGES)) + 2
+    shown: list[list[str]] = []
+    for line in stages.splitlines():
+        assert len(line) <= columns and line[start - 1] == " " != line[start]
+        if name := line[:start].strip():
+            shown.append([name, line[start:]])
+        else:
+            shown[-1][1] += f" {line[start:]}"
+    assert shown[:-1] == [[*stage] for stage in STAGES.items()] and shown[-1][0] == "env"
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"preftune {__version__}\n"
 

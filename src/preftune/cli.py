@@ -31,7 +31,7 @@ STAGES: Mapping[str, str] = {
     "quickstart": "the whole loop on the embedded world of film reviews; ends with report.html",
     "explain": "from the objective to the DPO loss, every line executed: a page with figures, or --text",
     "inspect": "examine a data set as training would see it: counts, lengths, refused rows, decoded examples",
-    "plan": "memory and time of DPO on so many accelerators, from a configuration and lengths, before anything is run",
+    "plan": "memory and time of DPO on so many accelerators, from a configuration and lengths, before anything runs",
     "fresh": "a small untrained model, with a tokenizer learnt from data: where there is no hub, and for studies",
     "sft": "supervised fine-tuning on responses, or on the chosen side of pairs",
     "sample": "responses of a model, or of a server's, to prompts, with their log-probs; resumable, appendable",
@@ -253,7 +253,11 @@ def _width() -> int:
 
 
 def _overview() -> str:
-    stages = "\n".join(f"  {name:<12} {text}" for name, text in [*STAGES.items(), ("env", _ENV)])
+    import textwrap
+
+    wide = max(map(len, STAGES)) + 4
+    wrapped = textwrap.TextWrapper(_width(), subsequent_indent=" " * wide, break_on_hyphens=False)
+    stages = "\n".join(wrapped.fill(f"  {name:<{wide - 2}}{text}") for name, text in [*STAGES.items(), ("env", _ENV)])
     return f"""preftune {__version__}: align causal language models with preferences
 
 usage: preftune STAGE [--config FILE.yaml] [--key value ...]
