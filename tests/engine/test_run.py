@@ -209,7 +209,7 @@ def test_a_signal_stops_the_run_after_its_step(tmp_path: Path, number: int, code
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, started + 1))
     assert (card_in(tmp_path).status, card_in(tmp_path).results) == ("stopped", {"steps": started})
     assert "stopping after this step; a second signal leaves at once\n" in errors
-    assert f"dpo stopped; --resume continues the run in {tmp_path}" in errors
+    assert f"dpo stopped; the same command continues the run in {tmp_path}" in errors
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preftune import cli
 from preftune.config.stages import QuickstartConfig
+from preftune.engine.run import Run, Stopped
 from preftune.errors import ResumeMismatch
 from preftune.models.load import quiet
 from preftune.recipes import quickstart
@@ -149,12 +151,23 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(whole, tmp
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_called_again_it_continues_what_was_interrupted(whole, tmp_path):
-    """Stopped between two stages, the same command ends with the numbers of an uninterrupted run."""
+def test_called_again_it_continues_what_was_interrupted(whole, tmp_path, capsys):
+    """Stopped in the middle of a stage, it says that the same command continues; so it does, to the same numbers."""
+    taught = Run.after_step
+
+    def interrupted(run, step, metrics):
+        taught(run, step, metrics)
+        if run.card.stage == "dpo" and step == 2:
+            signal.raise_signal(signal.SIGINT)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart.dpo, "main", lambda cfg: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "after_step", interrupted)
+        with pytest.raises(Stopped):
             tiny(tmp_path / "run")
+    told = capsys.readouterr().err
+    for stage, folder in (("dpo", tmp_path / "run" / "dpo"), ("quickstart", tmp_path / "run")):
+        assert f"{stage} stopped; the same command continues the run in {folder}\n" in told
+    assert "--resume" not in told
     assert from_json((tmp_path / "run" / "run.json").read_text()).status == "stopped"
     continued = tiny(tmp_path / "run")
     assert continued.status == "done" and numbers(continued) == numbers(whole[1])

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from preftune.engine.card import continued, jsonable, new_card, read_card, refuse_other_inputs
 from preftune.engine.console import Display, headline
@@ -54,6 +54,9 @@ class Run:
     second signal ends the process at once. A block that ends after a signal raises `Stopped`; one that ends
     by an error records `failed` with the message.
     """
+
+    _open: ClassVar[int] = 0
+    """Blocks this process is in: the quickstart's holds those of its stages."""
 
     def __init__(
         self, folder: Path, card: RunCard, earlier: RunCard | None, lock: int, display: Display, world: World
@@ -127,6 +130,7 @@ class Run:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        Run._open += 1
         return self
 
     def __exit__(
@@ -136,10 +140,11 @@ class Run:
             self._display.end()
             self._settle(error)
             if self.card.status == "stopped":
-                self._display.note(f"{self.card.stage} stopped; --resume continues the run in {self.folder}")
+                self._display.note(f"{self.card.stage} stopped; {self._continues} continues the run in {self.folder}")
             elif error is None:
                 self._display.note(f"{self.card.stage} {self.card.status}: {self.folder}")
         finally:
+            Run._open -= 1
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             with contextlib.suppress(OSError):  # a full disk was reported when the line was written
@@ -258,6 +263,11 @@ class Run:
         with self._writing(self.folder / name):
             replace_file(self.folder / name, "".join(f"{line}\n" for line in lines).encode())
 
+    @property
+    def _continues(self) -> str:
+        """What a person types to go on: a stage without that switch takes up its run by itself, and those in it."""
+        return "--resume" if "resume" in self.card.config and Run._open == 1 else "the same command"
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = number
         if self.world.size == 1:
@@ -311,7 +321,7 @@ class Run:
             free = shutil.disk_usage(self.folder).free // 2**20
             raise RunError(
                 f"{path}: cannot be written ({error.strerror}; {free} MiB free). What was saved before is whole: "
-                "free some space or mend the folder, then run again with --resume"
+                f"free some space or mend the folder; then {self._continues} continues the run"
             ) from error
 
 
