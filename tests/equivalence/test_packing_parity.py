@@ -13,6 +13,7 @@ from torch import Tensor
 from preftune.data.packing import micro_batches, pack, pad
 from preftune.models import attention, blocks
 from preftune.models.attention import install, own_attention, use_backend
+from preftune.models.checkpointing import recompute_activations
 from preftune.models.logprobs import score
 from preftune.tensors import PackedBatch, TokenGroup
 
@@ -119,8 +120,7 @@ def test_activation_checkpointing_changes_nothing(name: str) -> None:
     assert install(model) is None
     plain = score(model, batch)
     plain_gradients = gradients(model, plain)
-    model.activation_checkpointing_enable()
-    model.train()  # transformers checkpoints in training mode only
+    recompute_activations(model, "full")
     again = score(model, batch)
     assert torch.equal(again, plain)
     for gradient_name, gradient in gradients(model, again).items():

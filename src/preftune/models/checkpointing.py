@@ -44,8 +44,9 @@ def recompute_activations(model: Any, what: Recomputed) -> None:
     how: dict[str, Any] = {"use_reentrant": False}
     if what == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    newer = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.23, which warns of the older name
     try:
-        model.activation_checkpointing_enable(how)
+        (model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable)(how)
     except ValueError as error:
         raise ConfigError(
             f"activation_checkpointing {what}: {type(model).__name__} has no layers to recompute; set none"
