@@ -62,7 +62,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     model = model_of(SHAPES[args.shape], dtype, device)
     groups = drawn(args.profile, args.batch, SHAPES[args.shape].vocabulary, 16 if args.shape == "tiny" else 1)
-    made = micro_batches(groups, tokens_per_batch=args.tokens_per_batch, packed=True)
+    made = list(micro_batches(groups, tokens_per_batch=args.tokens_per_batch, packed=True))
     batches = [batch.to(device) for batch in made]
     step = partial(dpo_step, model, batches)
     recompute_activations(model, args.activation_checkpointing)

@@ -148,7 +148,7 @@ def test_steps_and_micro_batches_take_lent_responses_along() -> None:
     sizes = [StepPlan(of, batch_size=4, seed=0, shuffle=True).steps_per_epoch for of in (groups, lent)]
     assert sizes[0] == sizes[1]
     for budget in (1, 30, 1000):
-        batches = micro_batches(lent, tokens_per_batch=budget, packed=True)
+        batches = list(micro_batches(lent, tokens_per_batch=budget, packed=True))
         members = [g for batch in batches for g in batch.groups]
         assert sorted(map(id, members)) == sorted(map(id, lent))
         assert sum(len(batch.lengths) for batch in batches) == sum(len(g.responses) for g in groups) + 12

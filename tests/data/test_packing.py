@@ -125,8 +125,8 @@ def test_responses_fed_whole_are_fed_as_if_one_more_token_followed(groups: list[
 @settings(max_examples=40, deadline=None)
 def test_the_budget_counts_the_last_tokens_that_are_fed(groups: list[TokenGroup], budget: int, packed: bool) -> None:
     """Micro-batches of whole responses are those of responses one token longer."""
-    whole = micro_batches(groups, tokens_per_batch=budget, packed=packed, feed_last=True)
-    longer = micro_batches([one_longer(g) for g in groups], tokens_per_batch=budget, packed=packed)
+    whole = list(micro_batches(groups, tokens_per_batch=budget, packed=packed, feed_last=True))
+    longer = list(micro_batches([one_longer(g) for g in groups], tokens_per_batch=budget, packed=packed))
     assert [batch.input_ids.tolist() for batch in whole] == [batch.input_ids.tolist() for batch in longer]
     assert all(batch.last_at is not None for batch in whole)
 
@@ -155,7 +155,7 @@ def test_micro_batches_hold_every_group_once_within_the_budget(
     groups: list[TokenGroup], budget: int, packed: bool
 ) -> None:
     """No group is split or lost; a batch over budget is one single group."""
-    batches = micro_batches(groups, tokens_per_batch=budget, packed=packed)
+    batches = list(micro_batches(groups, tokens_per_batch=budget, packed=packed))
     assert sorted(id(g) for b in batches for g in b.groups) == sorted(map(id, groups))
     for batch in batches:
         assert batch.input_ids.numel() <= budget or len(batch.groups) == 1
@@ -166,7 +166,7 @@ def test_micro_batches_hold_every_group_once_within_the_budget(
 def test_micro_batches_fill_rows_best_fit_decreasing() -> None:
     """Sizes 3 4 6 7 in budget 10 need two rows; taken in their own order they would need three."""
     sized = [group(1, 1, prompt=n) for n in (3, 4, 6, 7)]
-    batches = micro_batches(sized, tokens_per_batch=10, packed=True)
+    batches = list(micro_batches(sized, tokens_per_batch=10, packed=True))
     assert [[fed_tokens(g) for g in b.groups] for b in batches] == [[3, 7], [4, 6]]
 
 
@@ -175,13 +175,13 @@ def test_a_budget_is_used_to_the_last_token_and_not_beyond(packed: bool) -> None
     """Two groups that fill 10 tokens packed, 16 padded: one batch at that budget, two at one token less."""
     groups, full = [group(2, 2), group(2, 2, start=2)], 10 if packed else 16
     for budget, batches in ((full, 1), (full - 1, 2)):
-        assert len(micro_batches(groups, tokens_per_batch=budget, packed=packed)) == batches
+        assert len(list(micro_batches(groups, tokens_per_batch=budget, packed=packed))) == batches
 
 
 def test_micro_batches_are_the_same_every_time() -> None:
     rng = np.random.default_rng(0)
     groups = [group(int(a), int(b)) for a, b in rng.integers(1, 30, (60, 2))]
-    first, second = (micro_batches(groups, tokens_per_batch=128, packed=True) for _ in range(2))
+    first, second = (list(micro_batches(groups, tokens_per_batch=128, packed=True)) for _ in range(2))
     assert [b.input_ids.tolist() for b in first] == [b.input_ids.tolist() for b in second]
 
 

@@ -99,7 +99,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradients(budget: int, pack
     """Summed over the micro-batches, to float64 rounding: how a step is cut never changes it."""
     model, groups = tiny("llama", FLOAT64), groups_of(4)
     assert install(model) is None
-    batches = micro_batches(groups, tokens_per_batch=budget, packed=packed)
+    batches = list(micro_batches(groups, tokens_per_batch=budget, packed=packed))
     assert len(batches) > 1
 
     def step(batches: list[PackedBatch]) -> dict[str, Tensor]:

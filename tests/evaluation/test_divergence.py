@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Loade
 
 
 def batching(groups: Sequence[TokenGroup]) -> Iterator[PackedBatch]:
-    return iter(micro_batches(groups, tokens_per_batch=2000, packed=True))
+    return micro_batches(groups, tokens_per_batch=2000, packed=True)
 
 
 def drawn(writer: LoadedModel, n: int, **settings: Any) -> list[TokenGroup]:
@@ -121,7 +121,7 @@ def test_every_response_keeps_its_place_and_its_tokens(models: tuple[LoadedModel
         ours, theirs = (enumerate_completions(one.model, asked, **settings) for one in models)
     for size in (20, 2000):
 
-        def cut(some: Sequence[TokenGroup], size: int = size) -> list[PackedBatch]:
+        def cut(some: Sequence[TokenGroup], size: int = size) -> Iterator[PackedBatch]:
             return micro_batches(some, tokens_per_batch=size, packed=True)
 
         in_batches = [id(group) for batch in cut(groups) for group in batch.groups]

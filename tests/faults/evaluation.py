@@ -31,7 +31,7 @@ FAULTS = [
     ),
     Fault(
         "divergence: groups in the order of the batches",
-        _KL,
+        "src/preftune/data/packing.py",
         "return [found[id(group)] for group in groups]\n",
         "return list(found.values())\n",
         tests=_OF_KL,

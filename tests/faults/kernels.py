@@ -88,8 +88,8 @@ FAULTS = [
     Fault(
         "memory: the gradients of a failed attempt stay",
         _FITTING,
-        "        forget()\n        gc.collect()",
-        "        gc.collect()",
+        "        forget()\n        _release()",
+        "        _release()",
         _GOES_ON,
     ),
     Fault(

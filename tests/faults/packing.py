@@ -16,6 +16,20 @@ _PAST = f"{_ROWS} -k own_past"
 
 FAULTS = [
     Fault(
+        "packing: all batches of a set are built at once",
+        _PACKING,
+        "return (pack(m, feed_last=feed_last) for m in members)",
+        "return iter([pack(m, feed_last=feed_last) for m in members])",
+        "tests/parts/test_few_batches_at_once.py",
+    ),
+    Fault(
+        "packing: a rank takes more items than its turn",
+        "src/preftune/engine/parallel.py",
+        "        left = iter(items)\n",
+        "        left = iter(list(items))\n",
+        "tests/parts/test_few_batches_at_once.py -k turn",
+    ),
+    Fault(
         "packing: every token is predicted from itself, one position late",
         _PACKING,
         "scored += [(first + prompt - 1, shared)",

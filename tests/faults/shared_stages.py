@@ -13,16 +13,16 @@ FAULTS = [
     Fault(
         "shared stages: every rank takes the first item of a round",
         _PARALLEL,
-        "[start : start + self.size][self.rank : self.rank + 1]]",
-        "[start : start + self.size][:1]]",
+        "some[self.rank : self.rank + 1]]",
+        "some[:1]]",
         f"{_UNIT} taken_in_turn",
     ),
     Fault(
         "shared stages: results come rank by rank, not in the order of the items",
         _PARALLEL,
-        "        for start in range(0, len(items), self.size):\n            mine = [work(item) for item in "
-        "items[start : start + self.size][self.rank : self.rank + 1]]\n",
-        "        for _ in (0,):\n            mine = [work(item) for item in items[self.rank :: self.size]]\n",
+        "        while some := list(islice(left, self.size)):\n            mine = [work(item) for item in "
+        "some[self.rank : self.rank + 1]]\n",
+        "        for _ in (0,):\n            mine = [work(item) for item in list(left)[self.rank :: self.size]]\n",
         f"{_UNIT} taken_in_turn",
     ),
     Fault(

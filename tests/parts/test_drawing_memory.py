@@ -101,8 +101,8 @@ def test_what_does_not_fit_is_drawn_in_halves_and_is_the_same(model: Any, tight:
     assert_same(draw(model, Ids(), PROMPTS, **settings, budget=budget, progress=told.append), wanted)
     assert told == [len(PROMPTS)]
     assert said[0] == (
-        "out of memory while 18 responses were drawn at once: these are drawn anew, and the run goes on, with at most 9 "
-        "(next time: --batch_size 9)"
+        "out of memory while 18 responses were drawn at once: these are drawn anew, and the run goes on, with at most "
+        "9 (next time: --batch_size 9)"
     )
     assert len(said) == len(memory.refused) and memory.refused, "each lack of memory lowers the limit, once"
     assert any(fed == 1 for _, fed in memory.refused), "some must give out in the middle of an answer"

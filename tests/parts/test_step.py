@@ -78,7 +78,7 @@ def step(
     """(gradients, state after the step, loss) of one step in micro-batches of so many tokens."""
     policy, reference = models
     policy.zero_grad(set_to_none=True)
-    batches = micro_batches(groups, tokens_per_batch=tokens, packed=True)
+    batches = list(micro_batches(groups, tokens_per_batch=tokens, packed=True))
     assert len(batches) == 1 if tokens > 1000 else len(batches) > 3
     score = Scorer(policy, objective, LiveReference(reference, same_weights=False, moves=None))
     meter = PreferenceMeter(objective)

@@ -10,7 +10,8 @@ Legend of shapes: N tokens in one packed row, R responses, S longest fed sequenc
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from preftune.data.columns import column, shared_prefix
 from preftune.errors import ConfigError, DataError
 from preftune.tensors import AttentionPlan, Ids, PackedBatch, PairIndex, Segment, TokenGroup
 
-__all__ = ["StepPlan", "best_fit", "fed_tokens", "idle", "micro_batches", "pack", "pad"]
+__all__ = ["StepPlan", "best_fit", "by_group", "fed_tokens", "idle", "micro_batches", "pack", "pad"]
+
+T = TypeVar("T")
 
 
 def pack(groups: Sequence[TokenGroup], *, feed_last: bool = False) -> PackedBatch:
@@ -96,12 +99,12 @@ def fed_tokens(group: TokenGroup, *, feed_last: bool = False) -> int:
 
 def micro_batches(
     groups: Sequence[TokenGroup], *, tokens_per_batch: int, packed: bool, pad_id: int = 0, feed_last: bool = False
-) -> list[PackedBatch]:
+) -> Iterator[PackedBatch]:
     """The groups in as few batches of at most `tokens_per_batch` fed tokens as a greedy rule finds; always the same.
 
     A group is never split: one that is larger than the budget gets a batch of its own. Packed rows are filled
     best-fit decreasing; padded rows longest first, where padding counts as fed. Batches, and groups inside a
-    batch, keep the order of `groups`.
+    batch, keep the order of `groups`. A batch is built when it is asked for.
     """
     if tokens_per_batch < 1:
         raise ConfigError(f"tokens_per_batch must be at least 1, not {tokens_per_batch}")
@@ -111,8 +114,29 @@ def micro_batches(
         bins = _by_length(groups, tokens_per_batch, feed_last)
     members = [[groups[i] for i in bin_] for bin_ in sorted(map(sorted, bins))]
     if packed:
-        return [pack(m, feed_last=feed_last) for m in members]
-    return [pad(m, pad_id=pad_id, feed_last=feed_last) for m in members]
+        return (pack(m, feed_last=feed_last) for m in members)
+    return (pad(m, pad_id=pad_id, feed_last=feed_last) for m in members)
+
+
+def by_group(
+    groups: Sequence[TokenGroup],
+    batches: Iterable[PackedBatch],
+    work: Callable[[Iterable[PackedBatch]], Iterable[Sequence[T]]],
+) -> list[list[T]]:
+    """What `work` tells of each batch, one thing of a response, as a list for every group, in their order.
+
+    A batch that `work` has let go is gone.
+    """
+    order: list[TokenGroup] = []
+
+    def noted() -> Iterator[PackedBatch]:
+        for batch in batches:
+            order.extend(batch.groups)
+            yield batch
+
+    things = iter([thing for of_batch in work(noted()) for thing in of_batch])
+    found = {id(group): [next(things) for _ in group.responses] for group in order}
+    return [found[id(group)] for group in groups]
 
 
 class StepPlan:

@@ -16,10 +16,11 @@ import functools
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from preftune.engine.watch import DEAD_AFTER, Watch
@@ -101,7 +102,7 @@ class World:
 
     def in_turn(
         self,
-        items: Sequence[T],
+        items: Iterable[T],
         work: Callable[[T], V],
         what: str,
         *,
@@ -111,13 +112,15 @@ class World:
         """`work` of every item, in their order: the ranks take the items in turn and tell each other after each round.
 
         `tell` makes JSON values of a result that is none, `hear` the result again; one rank does neither. Items are the
-        same for any number of ranks, so a result has the same bits. All ranks go through to the end, or none.
+        same for any number of ranks, so a result has the same bits; they are taken when it is their turn. All ranks go
+        through to the end, or none.
         """
         if self.size == 1:
             yield from map(work, items)
             return
-        for start in range(0, len(items), self.size):
-            mine = [work(item) for item in items[start : start + self.size][self.rank : self.rank + 1]]
+        left = iter(items)
+        while some := list(islice(left, self.size)):
+            mine = [work(item) for item in some[self.rank : self.rank + 1]]
             for told in self.gather([tell(one) for one in mine] if tell else mine, what):
                 yield from map(hear, told) if hear else told
 

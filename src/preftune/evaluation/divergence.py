@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune.data.packing import by_group
 from preftune.engine.parallel import ALONE, World
 from preftune.models.logprobs import score_tokens
 from preftune.tensors import PackedBatch, TokenGroup
@@ -90,12 +91,9 @@ def _by_group(
     groups: Sequence[TokenGroup], batching: Batching, measured: Callable[[PackedBatch], list[Any]], world: World
 ) -> list[list[Any]]:
     """What is `measured` of the responses of each micro-batch, by group."""
-    batches = list(batching(groups))
-    found: dict[int, list[Any]] = {}
-    for batch, numbers in zip(batches, world.in_turn(batches, measured, "log-probs of the responses"), strict=True):
-        rows = iter(numbers)
-        found |= {id(group): [next(rows) for _ in group.responses] for group in batch.groups}
-    return [found[id(group)] for group in groups]
+    return by_group(
+        groups, batching(groups), lambda batches: world.in_turn(batches, measured, "log-probs of the responses")
+    )
 
 
 def _sums(values_C: Tensor, batch: PackedBatch) -> list[float]:

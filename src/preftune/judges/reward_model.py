@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from preftune.data.answers import answer_groups, readable
-from preftune.data.packing import micro_batches
+from preftune.data.packing import by_group, micro_batches
 from preftune.engine.parallel import ALONE, World
 from preftune.judges.scores import Scorer
 from preftune.models.attention import install
@@ -42,11 +42,11 @@ def load_scorer(
     packed = install(model) is None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
-    def batches(groups: Sequence[TokenGroup]) -> list[PackedBatch]:
+    def batching(groups: Sequence[TokenGroup]) -> Iterator[PackedBatch]:
         cut = micro_batches(
             groups, tokens_per_batch=tokens_per_batch, packed=packed, pad_id=tokenizer.pad_token_id, feed_last=True
         )
-        return [batch.to(device) for batch in cut]
+        return (batch.to(device) for batch in cut)
 
     @torch.no_grad()
     def score(asked: Sequence[tuple[Prompt, Response]]) -> list[float]:
@@ -56,13 +56,12 @@ def load_scorer(
         groups, places = answer_groups(tokenizer, [one for one, can in zip(asked, known, strict=True) if can])
         check_ends(model, groups)
         tokens = [len(group.prompt) + max(map(len, group.responses)) for group in groups]
-        check_rewards(model, batches([groups[tokens.index(max(tokens))]])[0])
-        cut = batches(groups)
-        told = together.in_turn(cut, lambda batch: reward(model, batch, centred=True).tolist(), "the rewards")
-        values = [value for of_batch in told for value in of_batch]
-        owners = [(id(group), i) for batch in cut for group in batch.groups for i in range(len(group.responses))]
-        reward_of = dict(zip(owners, values, strict=True))
-        given = iter([reward_of[id(groups[group]), i] for group, i in places])
+        check_rewards(model, next(batching([groups[tokens.index(max(tokens))]])))
+        work = lambda batch: reward(model, batch, centred=True).tolist()  # noqa: E731
+        rewards: list[list[float]] = by_group(
+            groups, batching(groups), lambda batches: together.in_turn(batches, work, "the rewards")
+        )
+        given = iter([rewards[group][i] for group, i in places])
         return [next(given) if can else math.nan for can in known]
 
     return score

@@ -15,6 +15,7 @@ import torch
 
 from preftune.config.stages import DpoConfig
 from preftune.data.answers import answer_groups, readable
+from preftune.data.packing import by_group
 from preftune.engine.card import read_card
 from preftune.engine.parallel import ALONE, World
 from preftune.equations.losses import LOSSES
@@ -78,12 +79,11 @@ def implicit_reward(
         longest = groups[tokens.index(max(tokens))]
         for model in models:
             check_packing(model, next(batching([longest])))
-        batches = list(batching(groups))
         work = lambda batch: objective.reward(score_all(scores, [batch])).tolist()  # noqa: E731
-        rewards = [value for of_batch in together.in_turn(batches, work, "the implicit rewards") for value in of_batch]
-        owners = [(id(group), i) for batch in batches for group in batch.groups for i in range(len(group.responses))]
-        reward_of = dict(zip(owners, rewards, strict=True))
-        given = iter([reward_of[id(groups[group]), i] for group, i in places])
+        rewards: list[list[float]] = by_group(
+            groups, batching(groups), lambda batches: together.in_turn(batches, work, "the implicit rewards")
+        )
+        given = iter([rewards[group][i] for group, i in places])
         return [next(given) if can else math.nan for can in known]
 
     return score
