@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from little_memory import NO_MEMORY, short_backward
 
 from preftune.data.packing import fed_tokens, pack
 from preftune.engine.memory import out_of_memory
@@ -19,7 +20,6 @@ from preftune.parts.fitting import Budget, attempt, attempt_in_step, shorter_ans
 from preftune.recipes import dpo, reward, sft
 from preftune.tensors import TokenGroup
 
-TORCH = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 SMALL = {
     "batch_size": 12,
     "max_steps": 3,
@@ -28,21 +28,6 @@ SMALL = {
     "dtype": "float32",
     "device": "cpu",
 }
-
-
-class _Full(torch.autograd.Function):
-    """The identity, whose backward finds no memory above `limit` tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, limit: int) -> torch.Tensor:
-        ctx.limit = limit
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if grads[0].shape[1] > ctx.limit:
-            raise TORCH
-        return grads[0], None
 
 
 def tight(monkeypatch: pytest.MonkeyPatch, limit: int, *, backward: bool) -> list[int]:
@@ -60,8 +45,8 @@ def tight(monkeypatch: pytest.MonkeyPatch, limit: int, *, backward: bool) -> lis
         def layer(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             seen.append(output.shape[1])
             if not backward and output.shape[1] > limit:
-                raise TORCH
-            return _Full.apply(output, limit) if torch.is_grad_enabled() and backward else output
+                raise NO_MEMORY
+            return short_backward(output, limit) if torch.is_grad_enabled() and backward else output
 
         layers[0].register_forward_hook(layer)
         return loaded, batching
@@ -160,7 +145,7 @@ def test_where_all_must_compute_together_the_exit_names_the_row() -> None:
     def work(batches: Any) -> None:
         for batch in batches:
             if batch.input_ids.numel() > 20:
-                raise TORCH
+                raise NO_MEMORY
 
     several = r"out of memory at 62 tokens, 3 rows, the longest of them f:1, .* set --tokens_per_batch 31, .*--resume"
     with pytest.raises(RunError, match=several):
@@ -179,7 +164,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
     def after(batches: Any) -> None:
         list(batches)
-        raise TORCH
+        raise NO_MEMORY
 
     for work, message in ((wrong, "shapes do not match"), (after, "CUDA out of memory")):
         with pytest.raises(RuntimeError, match=message):
@@ -191,6 +176,6 @@ def test_what_the_allocators_raise_is_recognised() -> None:
     with pytest.raises(RuntimeError) as found:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert out_of_memory(found.value)
-    assert out_of_memory(MemoryError()) and out_of_memory(TORCH)
+    assert out_of_memory(MemoryError()) and out_of_memory(NO_MEMORY)
     assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     assert not out_of_memory(RuntimeError("size mismatch")) and not out_of_memory(ValueError("out of memory"))

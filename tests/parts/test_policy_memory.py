@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from little_memory import NO_MEMORY, short_backward
 
 from preftune.config.rl import PpoConfig
 from preftune.errors import RunError
@@ -48,29 +49,14 @@ def updated(it: Learners, rollout: Rollout, algorithm: str) -> torch.Tensor:
     return torch.cat([weights(it.policy.model), weights(it.critic.model)])
 
 
-class _Full(torch.autograd.Function):
-    """The identity, whose backward finds no memory above `limit` tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, limit: int) -> torch.Tensor:
-        ctx.limit = limit
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if grads[0].shape[1] > ctx.limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return grads[0], None
-
-
 def tight(it: Learners, limit: int, *, backward: bool) -> None:
     """From now on there is memory for `limit` tokens: in the policy's backward pass, or when it only measures."""
 
     def layer(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         if backward and torch.is_grad_enabled():
-            return _Full.apply(output, limit)
+            return short_backward(output, limit)
         if not backward and not torch.is_grad_enabled() and output.shape[1] > limit and output.shape[0] == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise NO_MEMORY
         return output
 
     it.policy.model.get_input_embeddings().register_forward_hook(layer)
@@ -124,7 +110,7 @@ def test_a_run_names_the_row_of_the_prompt_and_the_length_of_answers(
     def opened(*args: Any, **settings: Any) -> Any:
         loaded, batching = plain(*args, **settings)
         loaded.model.get_input_embeddings().register_forward_hook(
-            lambda module, inputs, output: _Full.apply(output, 3) if torch.is_grad_enabled() else output
+            lambda module, inputs, output: short_backward(output, 3) if torch.is_grad_enabled() else output
         )
         return loaded, batching
 
