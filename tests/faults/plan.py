@@ -71,6 +71,13 @@ FAULTS = [
         "tests/parallel/test_gathered.py",
     ),
     Fault(
+        "cost: a reference in parts travels for nothing",
+        _COST,
+        " + (shape.body if reference_in_loop else 0)",
+        "",
+        f"{_PLANS} -k in_the_loop",
+    ),
+    Fault(
         "cost: an adapter carries the moments of the base",
         _COST,
         "moments=4 * moments * trained / shards",

@@ -190,6 +190,9 @@ def test_shards_divide_what_is_held_and_add_traffic() -> None:
     shards = traffic(shape, devices=8, shard=True, micro_batches=4)
     assert replicas.sent == 2 * 7 / 8 * 4 * shape.parameters
     assert shards.gathered == 7 / 8 * 2 * 4 * 2 * shape.parameters and shards.reduced == 2 * replicas.sent
+    live = traffic(shape, devices=8, shard=True, micro_batches=4, reference_in_loop=True)
+    assert live.gathered - shards.gathered == 7 / 8 * 4 * 2 * shape.body, "the reference's layers, forward only"
+    assert traffic(shape, devices=8, shard=False, reference_in_loop=True).sent == replicas.sent
     assert traffic(shape, devices=1, shard=False).sent == 0
 
 

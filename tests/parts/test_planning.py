@@ -109,6 +109,15 @@ def test_busiest_device_sets_the_pace() -> None:
     assert replace(JOB, batch_size=1).pairs_per_device == 1
 
 
+def test_a_reference_in_the_loop_is_computed_held_and_sent() -> None:
+    """Of every setting: more FLOPs, more memory; in parts its layers travel too."""
+    for one, more in zip(
+        settings(JOB, H100, 8192), settings(replace(JOB, reference_in_loop=True), H100, 8192), strict=True
+    ):
+        assert more.flops > one.flops and more.memory.total > one.memory.total
+        assert (more.traffic.sent > one.traffic.sent) == one.shard
+
+
 def test_nodes_are_bound_by_the_network() -> None:
     """Nine devices talk over 400 GB/s, eight over 450; a slower wire is a slower step."""
     assert (H100.bandwidth(8), H100.bandwidth(9)) == (450, 400)

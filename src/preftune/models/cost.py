@@ -266,7 +266,7 @@ class Traffic:
     """Bytes that one device sends during an optimizer step, and reads or writes to take it."""
 
     gathered: float
-    """All-gather of sharded weights, once forward and once backward per micro-batch."""
+    """All-gather of sharded weights, once forward and once backward per micro-batch; a reference: layers, once."""
     reduced: float
     """Replicas: all-reduce of the float32 gradients once a step. Shards: reduce-scatter of them per micro-batch."""
     optimizer: float
@@ -277,13 +277,15 @@ class Traffic:
         return self.gathered + self.reduced
 
 
-def traffic(shape: Shape, *, devices: int, shard: bool, micro_batches: int = 1, rank: int = 0) -> Traffic:
+def traffic(
+    shape: Shape, *, devices: int, shard: bool, micro_batches: int = 1, rank: int = 0, reference_in_loop: bool = False
+) -> Traffic:
     """A ring sends (n - 1) / n of the whole per gather or scatter, twice that per all-reduce."""
     trained, others = shape.trained(rank), (devices - 1) / devices
-    whole = shape.parameters + (trained if rank else 0)
+    gathered = 2 * (shape.parameters + (trained if rank else 0)) + (shape.body if reference_in_loop else 0)
     own = trained / (devices if shard else 1)
     return Traffic(
-        gathered=others * 2 * micro_batches * whole * shape.size if shard else 0.0,
+        gathered=others * micro_batches * gathered * shape.size if shard else 0.0,
         reduced=others * 4 * trained * (micro_batches if shard else 2),
         optimizer=own * (28 + (shape.size if shape.size < 4 else 0)),
     )

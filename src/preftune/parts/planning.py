@@ -186,9 +186,9 @@ def _setting(job: Job, on: Accelerator, shard: bool, checkpointing: bool, tokens
     options: dict[str, Any] = {"reference_in_loop": job.reference_in_loop, "rank": job.rank}
     recomputed: Recomputed = "full" if checkpointing else "none"
     held = memory(job.shape, part, shards=job.devices if shard else 1, recomputed=recomputed, **options)
+    moved = traffic(job.shape, devices=job.devices, shard=shard, micro_batches=micro_batches, **options)
     options["checkpointing"] = checkpointing
     done = flops(job.shape, mine, **options)
-    moved = traffic(job.shape, devices=job.devices, shard=shard, micro_batches=micro_batches, rank=job.rank)
     seconds = Range(*(_seconds(job, on, done, moved, end) for end in (1, 0)))
     return Setting(
         shard=shard,
