@@ -1,4 +1,4 @@
-"""Answers lost, doubled or changed where memory gives out while they are drawn."""
+"""Answers lost, doubled or changed where memory gives out while they are drawn; a step of theirs foretold wrongly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from fault import Fault
 
 _GENERATE = "src/preftune/models/generate.py"
 _FITTING = "src/preftune/parts/fitting.py"
+_OUTLOOK = "src/preftune/parts/outlook.py"
 _TESTS = "tests/parts/test_drawing_memory.py -k"
+_FORETOLD = "tests/parts/test_outlook.py -k"
 
 FAULTS = [
     Fault(
@@ -43,5 +45,33 @@ FAULTS = [
         "set --max_tokens {drawn}",
         "set --max_tokens {drawn + 1}",
         f"{_TESTS} one_answer_that",
+    ),
+    Fault(
+        "outlook: PPO learns from a rollout once",
+        _OUTLOOK,
+        "(cfg.ppo_epochs, cfg.minibatches) if critic else (1, 1)",
+        "(1, cfg.minibatches) if critic else (1, 1)",
+        f"{_FORETOLD} flops_that_torch_counts",
+    ),
+    Fault(
+        "outlook: the reference measures for nothing",
+        _OUTLOOK,
+        "[*shapes[:2], *critic]",
+        "[policy, *critic]",
+        f"{_FORETOLD} flops_that_torch_counts",
+    ),
+    Fault(
+        "outlook: nobody counts the critic's optimizer",
+        _OUTLOOK,
+        "sum(one.masters + one.moments for one in held)",
+        "held[0].masters + held[0].moments",
+        f"{_FORETOLD} three_models",
+    ),
+    Fault(
+        "outlook: every step says what the first one took",
+        _OUTLOOK,
+        "if first and left:",
+        "if left:",
+        f"{_FORETOLD} foretells",
     ),
 ]

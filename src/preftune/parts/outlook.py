@@ -2,7 +2,9 @@
 
     seconds of a step = FLOPs / (share * rate)      share of `planning`, rate of plain matrix products, measured now
 
-So the seconds are a range, and of a model too small to fill the device they are too few.
+So the seconds are a range, and of a model too small to fill the device they are too few. Drawing responses, a token at
+a time, is bound by reading weights and not by products: no such share is known of it, so the seconds of a first rollout
+are told when they have been measured.
 """
 
 from __future__ import annotations
@@ -17,16 +19,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from preftune.config.rl import PpoConfig
 from preftune.config.sections import TrainingConfig
 from preftune.data.columns import column
+from preftune.engine.clock import Clock
 from preftune.engine.run import Run
-from preftune.models.cost import MOMENTS, Shape, Work, flops, memory
+from preftune.engine.sharding import own_part
+from preftune.models.cost import MOMENTS, Shape, Work, flops, forward_flops, memory
 from preftune.models.load import LoadedModel
 from preftune.parts.common import Batching
-from preftune.parts.planning import SHARE_OF_PEAK, Range, spoken
+from preftune.parts.planning import SHARE_OF_PEAK, Range, sized, spoken
+from preftune.parts.rollouts import Models, Sampling
 from preftune.tensors import TokenGroup
 
-__all__ = ["outlook", "product_rate", "work_of"]
+__all__ = ["outlook", "outlook_of_rollouts", "pace", "product_rate", "work_of"]
 
 
 def outlook(
@@ -67,6 +73,87 @@ def outlook(
         f"libraries and fragments aside; {spoken(seconds)} a step, {spoken(seconds, steps)} for {steps} steps, if it "
         f"reaches {low:.0%} to {high:.0%} of what plain products reach here, {rate / 1e12:.3g} TFLOP/s"
     )
+
+
+def outlook_of_rollouts(
+    cfg: PpoConfig,
+    run: Run,
+    models: Models,
+    batching: Batching,
+    sampling: Sampling,
+    prompts: Sequence[TokenGroup],
+    *,
+    steps: int,
+) -> None:
+    """Note `a step with every response at max_tokens: ...` of PPO or RLOO, on one device, over all prompts on average.
+
+    What scores the responses is not counted, and of drawing them its products and its cache, but no seconds.
+    """
+    every = [model for model in (models.policy, models.reference, models.critic) if model is not None]
+    counted = [Shape.counted(model) for model in every] if batching.packed and cfg.quantize == "none" else []
+    shapes = [shape for shape in counted if shape is not None]
+    if len(shapes) < len(every):
+        return
+    policy, critic = (
+        shapes[0],
+        [
+            replace(shape, vocabulary=1, parameters=sum(weight.numel() for weight in models.critic.parameters()))
+            for shape in shapes[2:]
+        ],
+    )
+    world, lengths, reach = batching.world, column(prompts, "prompt").tolist(), [cfg.max_tokens] * cfg.n
+    share = min(cfg.batch_size, len(prompts)) / len(prompts) / world.size
+    mine = Work.total(Work.of(length, reach) for length in lengths).times(share)
+    passes, parts = (cfg.ppo_epochs, cfg.minibatches) if critic else (1, 1)
+    again, at_once = batching.recomputed, mine.times(min(1 / parts, batching.tokens_per_batch / mine.fed))
+    learnt = [flops(shape, mine, checkpointing=again == "full", rank=cfg.lora_rank) for shape in (policy, *critic)]
+    held = [
+        memory(
+            shape, at_once, device=batching.device.type, moments=MOMENTS[cfg.optimizer], recomputed=again,
+            shards=world.size if batching.sharded else 1, rank=cfg.lora_rank,
+        )
+        for shape in (policy, *critic)
+    ]  # fmt: skip
+    stays = _bytes(models, twice=cfg.max_kl is not None) + sum(one.masters + one.moments for one in held)
+    fills = sum(one.gradients + one.activations + one.head for one in held)
+    drawn, measured = (sum(forward_flops(shape, mine) for shape in some) for some in ([policy], [*shapes[:2], *critic]))
+    rows = min(sampling.at_once, math.ceil(share * len(prompts)) * cfg.n)
+    cache = rows * (max(lengths) + cfg.max_tokens) * 2 * policy.attention * policy.size
+    gathered = f" and the whole policy, {sized(policy.parameters * policy.size)}" if batching.sharded else ""
+    rate, (low, high) = product_rate(batching.device, models.policy.dtype), SHARE_OF_PEAK
+    done = measured + passes * sum(learnt)
+    seconds = Range(done / (high * rate), done / (low * rate))
+    run.note(
+        f"a step with every response at max_tokens, on each device: {drawn / 1e12:.3g} TFLOP to draw, "
+        f"{measured / 1e12:.3g} to measure, {passes * sum(learnt) / 1e12:.3g} to learn; at its fullest "
+        f"{sized(stays + fills)} ({sized(stays)} weights and optimizers, to which drawing adds a cache of at most "
+        f"{sized(cache)}{gathered}), what scores, libraries and fragments aside; to measure and learn "
+        f"{spoken(seconds)} a step, {spoken(seconds, steps)} for {steps} steps, if it reaches {low:.0%} to {high:.0%} "
+        f"of what plain products reach here, {rate / 1e12:.3g} TFLOP/s; what drawing takes is told after the first step"
+    )
+
+
+def _bytes(models: Models, *, twice: bool) -> int:
+    """Of the weights of all models on this rank, what they share counted once; `twice`: what the policy trains."""
+    own = {}
+    for model in (models.policy, models.reference, models.critic):
+        for part in (own_part(weight)[0] for weight in (model.parameters() if model is not None else ())):
+            own[part.data_ptr()] = part.nbytes
+    copied = [own_part(weight)[0].nbytes for weight in models.policy.parameters() if weight.requires_grad and twice]
+    return sum(own.values()) + sum(copied)
+
+
+def pace(clock: Clock, tokens: int, run: Run, *, left: int, first: bool) -> dict[str, float]:
+    """Completion tokens per second of the whole step, and the shares of sampling and learning.
+
+    After the first step of a run a note says what it took, and by that the `left` ones.
+    """
+    seconds, shares = clock.read()
+    if first and left:
+        took = ", ".join(f"{name} {part * seconds:.3g} s" for name, part in shares.items())
+        rest = spoken(Range(seconds, seconds), left)
+        run.note(f"the first step took {seconds:.3g} s ({took}); {left} more like it take {rest}")
+    return {"tokens_per_second": tokens / seconds, **{f"share_{name}": part for name, part in shares.items()}}
 
 
 def work_of(groups: Sequence[TokenGroup], *, kept: NDArray[np.bool_] | None = None, feed_last: bool = False) -> Work:

@@ -152,12 +152,13 @@ def reference_seconds(job: Job, on: Accelerator, pairs: int) -> Range:
 
 
 def spoken(seconds: Range, times: float = 1.0) -> str:
-    """`1.3 to 3.7 s`, in the unit that suits the slow end."""
+    """`1.3 to 3.7 s`, in the unit that suits the slow end; `1.3 s` where both ends are said alike."""
     unit, name = next(
         (u for u in ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s")) if seconds.slow * times >= 2 * u[0]),
         (1e-3, "ms") if seconds.slow * times < 0.1 else (1.0, "s"),
     )
-    return f"{shortest(seconds.fast * times / unit)} to {shortest(seconds.slow * times / unit)} {name}"
+    ends = dict.fromkeys(shortest(end * times / unit) for end in (seconds.fast, seconds.slow))
+    return f"{' to '.join(ends)} {name}"
 
 
 def shortest(value: float) -> str:

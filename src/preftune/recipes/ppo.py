@@ -28,6 +28,7 @@ from preftune.judges.scores import Scorer
 from preftune.models.logprobs import TOLERANCE
 from preftune.parts.common import MAY_DIFFER, Batching, Loop
 from preftune.parts.ending import opened
+from preftune.parts.outlook import outlook_of_rollouts, pace
 from preftune.parts.policy_meter import rollout_metrics
 from preftune.parts.policy_step import Learner, PpoKnobs, ppo_update, rloo_update
 from preftune.parts.ppo_parts import (
@@ -77,6 +78,9 @@ def main(cfg: PpoConfig) -> RunCard:
         )  # fmt: skip
         if loop.memory["spent"]:
             loop.end()
+        outlook_of_rollouts(
+            cfg, run, models, batching, sampling, [group for group, _ in asked], steps=loop.total_steps - loop.step
+        )
         learner, certified, clock = Learner(policy.model, loop.optimizer), False, Clock()
         for step, groups, lr in loop.steps():
             coef = loop.memory["kl_coef"]
@@ -88,7 +92,6 @@ def main(cfg: PpoConfig) -> RunCard:
             if not certified:
                 batching.check(policy.model, rollout.groups)
                 warn_of_silence(rollout, run)
-                certified = True
             clock.lap("rollout")
             metrics = rollout_metrics(rollout, coef)
             if cfg.max_kl is not None and rollout.kl > cfg.max_kl:
@@ -104,7 +107,9 @@ def main(cfg: PpoConfig) -> RunCard:
                 if cfg.target_kl is not None:
                     loop.memory = {**loop.memory, "kl_coef": next_coefficient(cfg, coef, rollout)}
             clock.lap("update")
-            run.after_step(step, metrics | {"lr": lr} | speed(clock, rollout))
+            tokens, left = int(rollout.mask.sum()), loop.total_steps - step
+            run.after_step(step, metrics | {"lr": lr} | pace(clock, tokens, run, left=left, first=not certified))
+            certified = True
             if held_out and loop.due(cfg.eval_every):
                 loop.evaluated(evaluate(cfg, models, held_out, reward, batching, sampling, scale))
                 clock = Clock()
@@ -189,10 +194,3 @@ def next_coefficient(cfg: PpoConfig, coef: float, rollout: Rollout) -> float:
     assert cfg.target_kl is not None
     samples = len(rollout.scores)
     return adaptive_kl(coef, rollout.kl, target=cfg.target_kl, horizon=cfg.kl_horizon, samples=samples)
-
-
-def speed(clock: Clock, rollout: Rollout) -> dict[str, float]:
-    """Completion tokens per second of the whole step, and the shares of sampling and learning."""
-    seconds, shares = clock.read()
-    per_second = int(rollout.mask.sum()) / seconds
-    return {"tokens_per_second": per_second, **{f"share_{name}": part for name, part in shares.items()}}
