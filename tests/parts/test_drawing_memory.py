@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import torch
 from preftune.config.comparison import EvaluateConfig
 from preftune.config.loop import SampleConfig
 from preftune.config.rl import PpoConfig
+from preftune.engine.sharding import whole
 from preftune.errors import RunError
 from preftune.models.fresh import tiny_llama
 from preftune.models.generate import Drawn, draw
@@ -292,3 +296,16 @@ def test_a_prompt_of_ppo_that_never_fits_is_named(
     with pytest.raises(RunError, match=r"prompts.jsonl:\d+: out of memory with one response alone.* --max_tokens \d+$"):
         ppo_run(tiny_model_folder, asked, tmp_path / "run", shuffle=False)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_sharded_policy_that_cannot_be_gathered_ends_with_a_setting() -> None:
+    """Where there is no memory for the whole policy to draw with, the error says --offload; others are left alone."""
+    world: Any = SimpleNamespace(in_step=lambda what: nullcontext())
+    for raised, expected in (
+        (torch.OutOfMemoryError("CUDA out of memory"), r"while the weights to draw with were gathered: .* --offload"),
+        (RuntimeError("shapes do not match"), "^shapes do not match$"),
+    ):
+        model: Any = torch.nn.Linear(2, 2)
+        model.preftune_whole = Mock(side_effect=raised)
+        with pytest.raises(RuntimeError if expected[0] == "^" else RunError, match=expected):
+            whole(model, world, "the weights to draw with").__enter__()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from preftune.config.comparison import EvaluateConfig
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, RunError
 from preftune.parts.harness import harness, run_tasks
 from preftune.recipes import evaluate
 
@@ -33,11 +33,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         calls["simple_evaluate"] = settings
         if settings["tasks"] == ["broken"]:
             raise ValueError("no data")
+        if settings["tasks"] in (["large"], ["odd"]):
+            raise RuntimeError("CUDA out of memory" if settings["tasks"] == ["large"] else "shapes do not match")
         return {"results": RESULTS, "n-samples": {"tiny": {"original": 5, "effective": 3}}}
 
     def manager(**settings: Any) -> SimpleNamespace:
         calls["TaskManager"] = settings
-        return SimpleNamespace(all_tasks=["tiny", "broken"])
+        return SimpleNamespace(all_tasks=["tiny", "broken", "large", "odd"])
 
     def model(**settings: Any) -> str:
         calls["HFLM"] = settings
@@ -96,6 +98,16 @@ def test_what_it_cannot_run_is_refused_by_name(asked: dict[str, Any], tmp_path: 
         run_tasks("folder", str(tmp_path), **SETTINGS)
     with pytest.raises(ConfigError, match="cannot run broken: no data"):
         run_tasks("folder", "broken", **SETTINGS)
+
+
+def test_a_task_without_memory_is_named_with_a_setting(asked: dict[str, Any]) -> None:
+    """Half of the rows, or what makes one row smaller; another RuntimeError is left alone."""
+    with pytest.raises(RunError, match=r"harness ran large, 4 rows at once; set --batch_size 2$"):
+        run_tasks("folder", "large", **SETTINGS)
+    with pytest.raises(RunError, match=r"harness ran large, 1 rows at once; set --dtype bfloat16, or leave it out$"):
+        run_tasks("folder", "large", **SETTINGS | {"batch_size": 1})
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_tasks("folder", "odd", **SETTINGS)
 
 
 def test_where_it_is_missing_the_run_ends_before_any_work(

@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from preftune.engine.memory import out_of_memory
 from preftune.engine.parallel import World
+from preftune.errors import RunError
 
 __all__ = ["Rows", "free", "gathered", "own_part", "shard", "weights_of", "whole"]
 
@@ -94,7 +96,7 @@ def whole(model: Any, world: World, what: str) -> Iterator[None]:
     """Inside, every weight of a sharded model is gathered and stays so: a forward needs no other rank.
 
     For `what`: work in which each rank has another number of forwards. All ranks enter together. A model that is not
-    sharded is whole anyway.
+    sharded is whole anyway. Raises RunError when there is no memory for a whole one.
     """
     if not hasattr(model, "preftune_whole"):
         yield
@@ -102,11 +104,20 @@ def whole(model: Any, world: World, what: str) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    with world.in_step(what), torch.no_grad():
-        model.preftune_whole(lambda: None)  # before its units, or one of them would take itself for the root
-        for unit in units:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
+    try:
+        with world.in_step(what), torch.no_grad():
+            model.preftune_whole(lambda: None)  # before its units, or one of them would take itself for the root
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(
+            f"out of memory while {what} were gathered: each process needs room for the whole model beside its parts; "
+            "set --offload, which keeps the parts in the computer's memory, and go on with --resume, or, where that is "
+            "set, take devices with more memory"
+        ) from error
     try:
         yield
     finally:

@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from preftune.engine.memory import out_of_memory
 from preftune.equations.stats import Interval
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, RunError
 
 __all__ = ["harness", "run_tasks"]
 
@@ -35,7 +36,7 @@ def run_tasks(
 
     `tasks`: names with commas between; an entry that is a folder is where task files of one's own are looked for.
     Values without a standard error have an infinite interval; `n` is the number of documents. Raises ConfigError on a
-    task that the harness does not know or cannot load; most tasks download their data.
+    task that the harness does not know or cannot load, RunError on one without memory; most tasks download their data.
     """
     lm_eval = harness()
     entries = [entry.strip() for entry in tasks.split(",") if entry.strip()]
@@ -56,6 +57,13 @@ def run_tasks(
         )  # fmt: skip
     except (OSError, ValueError, KeyError) as problem:
         raise ConfigError(f"lm-evaluation-harness cannot run {', '.join(names)}: {problem}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fewer = f"set --batch_size {batch_size // 2}" if batch_size > 1 else "set --dtype bfloat16, or leave it out"
+        raise RunError(
+            f"out of memory while lm-evaluation-harness ran {', '.join(names)}, {batch_size} rows at once; {fewer}"
+        ) from error
     return {task: _intervals(numbers, found["n-samples"].get(task, {})) for task, numbers in found["results"].items()}
 
 
