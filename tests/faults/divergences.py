@@ -17,9 +17,16 @@ FAULTS = [
     Fault(
         "powers of u: no clamp of the exponent, as in the authors' code of f-DPO",
         FILE,
-        "-torch.expm1((-alpha * log_u).clamp(max=EXPONENT_LIMIT)) / alpha",
-        "-torch.expm1(-alpha * log_u) / alpha",
+        "torch.where(exponent > EXPONENT_LIMIT, EXPONENT_LIMIT, exponent)",
+        "exponent",
         CONTRACT + "fdpo_forward_kl",
+    ),
+    Fault(
+        "powers of u: no gradient at the limit itself, as by the clamp of torch 2.15",
+        FILE,
+        "torch.where(exponent > EXPONENT_LIMIT, EXPONENT_LIMIT, exponent)",
+        "torch.where(exponent >= EXPONENT_LIMIT, EXPONENT_LIMIT, exponent)",
+        "tests/equations/test_divergences.py -k below_the_limit",
     ),
     Fault(
         "powers of u: the weights go on growing where the value is clamped",
@@ -31,8 +38,8 @@ FAULTS = [
     Fault(
         "powers of u: the division by alpha is dropped",
         FILE,
-        ".clamp(max=EXPONENT_LIMIT)) / alpha",
-        ".clamp(max=EXPONENT_LIMIT))",
+        "EXPONENT_LIMIT, exponent)) / alpha",
+        "EXPONENT_LIMIT, exponent))",
         CONTRACT + "fdpo_alpha",
     ),
     Fault(

@@ -53,7 +53,9 @@ def power_log(log_u: Tensor, alpha: float) -> Tensor:
     """
     if alpha == 0:
         return log_u
-    return -torch.expm1((-alpha * log_u).clamp(max=EXPONENT_LIMIT)) / alpha
+    exponent = -alpha * log_u
+    # Not `clamp`: at the limit itself its gradient is 1, and 0 since torch 2.15.
+    return -torch.expm1(torch.where(exponent > EXPONENT_LIMIT, EXPONENT_LIMIT, exponent)) / alpha
 
 
 def power_log_slope(log_u: Tensor, alpha: float) -> Tensor:
