@@ -119,7 +119,7 @@ def peak(work: Callable[[], object], before: int) -> int:
     The allocator's own events, every one of them (torch.profiler); scratch memory of libraries is none of its.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler tells stderr of every start and stop
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         work()
     with tempfile.TemporaryDirectory() as folder:
         seen.export_chrome_trace(f"{folder}/trace.json")
