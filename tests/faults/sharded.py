@@ -14,6 +14,20 @@ _SHARDED = 'tests/parallel/test_sharded.py -m "not slow" -x -k'
 
 FAULTS = [
     Fault(
+        "sharded: the mesh, which torch keeps, keeps the group and its threads",
+        _SHARDING,
+        'getattr(mesh, "_pg_registry", {}).clear()',
+        "pass",
+        f"{_SHARDED} no_thread",
+    ),
+    Fault(
+        "sharded: what is left of a model keeps the group and its threads",
+        "src/preftune/engine/parallel.py",
+        "        gc.collect()  # what is left of a sharded model holds the group, whose threads end with it\n",
+        "",
+        f"{_SHARDED} no_thread",
+    ),
+    Fault(
         "sharded: gradients are the mean of the ranks'",
         _SHARDING,
         "        sharded.set_gradient_divide_factor(1.0)  # a sum: denominators belong to the step\n",

@@ -20,13 +20,19 @@ from preftune.parts.common import Loop
 
 
 def main(plan: Path) -> None:
-    """Run the stages of `plan`, a JSON list of [stage, config], whose folders `noted` writes into."""
+    """Run the stages of `plan`, a JSON list of [stage, config], whose folders `noted` writes into.
+
+    Beside it, threads-of-RANK.json names the threads that are left when the rank has parted from the others.
+    """
     computed: list[str] = []
     Loop.finish = noted(Loop.finish, computed)  # type: ignore[method-assign]
     ReferenceCache.append = noting(ReferenceCache.append, computed)  # type: ignore[method-assign]
     for stage, config in json.loads(plan.read_text()):
         importlib.import_module(f"preftune.recipes.{stage}").main(CONFIGS[stage](**config))
+    rank = parallel.world().rank
     parallel.leave()
+    threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    plan.with_name(f"threads-of-{rank}.json").write_text(json.dumps(threads))
 
 
 def noting(append: Callable[..., None], computed: list[str]) -> Callable[..., None]:

@@ -301,6 +301,14 @@ def test_a_part_that_is_missing_or_altered_makes_the_checkpoint_unusable(togethe
         assert told in said[0] and "tensors-1-of-2.safetensors" in said[0]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named there by Linux alone")
+def test_no_thread_of_the_group_outlives_it(together: Path) -> None:
+    """One that still held a tensor when the interpreter went aborted a rank whose work was done, now and then."""
+    for rank in (0, 1):
+        threads = json.loads((together / f"threads-of-{rank}.json").read_text())
+        assert threads and not [name for name in threads if "gloo" in name]
+
+
 def test_no_pickle_is_written(together: Path) -> None:
     """Whatever two ranks wrote is JSON, text or safetensors: no file of DCP, whose description is a pickle."""
     written = [path for path in (together / "chain").rglob("*") if path.is_file() and path.name != ".lock"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import heapq
 import json
 import os
@@ -285,6 +286,7 @@ def leave() -> None:
         watch.stop()
         dist.destroy_process_group()
         world.cache_clear()
+        gc.collect()  # what is left of a sharded model holds the group, whose threads end with it
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -66,6 +66,9 @@ def shard(
     # Pinned memory is what a CUDA device copies from and to while it computes.
     kept = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (world.size,))
+    # torch's caches keep the mesh for good. Kept by the mesh, the group would outlive `leave`, and a thread of it that
+    # holds a tensor when the interpreter goes takes the process down. The mesh finds its group by name.
+    getattr(mesh, "_pg_registry", {}).clear()
     for unit in (*layers, model):
         for parameter in unit.parameters():
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
