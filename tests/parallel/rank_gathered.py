@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rank_stages import parameter_groups
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,7 +33,7 @@ def gathered(model: Any) -> int:
     """Bytes of weights that are whole now, or arriving."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     total = 0
-    for group in (group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups):
+    for group in (group for unit in units for group in parameter_groups(unit)):
         wholes = [p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
         arriving = [group._all_gather_result.all_gather_output] if group._all_gather_result else []
         total += sum(tensor.untyped_storage().size() for tensor in (*wholes, *arriving))

@@ -35,6 +35,12 @@ def main(plan: Path) -> None:
     plan.with_name(f"threads-of-{rank}.json").write_text(json.dumps(threads))
 
 
+def parameter_groups(unit: Any) -> list[Any]:
+    """What FSDP2 gathers together; torch 2.10 knows one such group per unit."""
+    state = unit._get_fsdp_state()
+    return list(state._fsdp_param_groups) if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+
+
 def noting(append: Callable[..., None], computed: list[str]) -> Callable[..., None]:
     """`ReferenceCache.append` that also adds to `computed` the rows whose log-probs this rank has made."""
 
@@ -61,7 +67,7 @@ def noted(finish: Callable[..., Any], computed: list[str]) -> Callable[..., Any]
         (folder / f"weights-of-{rank}.txt").write_text(digest.hexdigest())
         (folder / f"held-by-{rank}.json").write_text(json.dumps(sum(t.nbytes for t in (*parts, *kept))))
         units = [module for module in loop.model.model.modules() if isinstance(module, FSDPModule)]
-        policies = [repr(group.offload_policy) for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+        policies = [repr(group.offload_policy) for unit in units for group in parameter_groups(unit)]
         (folder / f"kept-by-{rank}.json").write_text(json.dumps(policies))
         (folder / f"reference-by-{rank}.json").write_text(json.dumps(computed))
         computed.clear()
