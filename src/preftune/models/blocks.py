@@ -6,7 +6,8 @@
 
 Half of what one product of all queries with all keys computes is hidden by causality. Cut into parts of PART queries
 it is not computed, nor are P's zeros kept; what else is hidden, siblings and windows, is masked. P is kept for the
-backward while it is small, and computed again where it is not.
+backward while it is small, and computed again where it is not. In bfloat16 S is rounded to bfloat16, as in the eager
+attention of transformers; torch's flash attention keeps it in float32.
 
 Legend of shapes: n tokens of the block, H query heads, K key heads, D head size, Q queries of a part, E = its end.
 """
