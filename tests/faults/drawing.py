@@ -56,8 +56,8 @@ FAULTS = [
     Fault(
         "outlook: the reference measures for nothing",
         _OUTLOOK,
-        "[*shapes[:2], *critic]",
-        "[policy, *critic]",
+        "for shape in (policy, reference, *critic))",
+        "for shape in (policy, *critic))",
         f"{_FORETOLD} flops_that_torch_counts",
     ),
     Fault(

@@ -36,8 +36,8 @@ FAULTS = [
     Fault(
         "outlook: the time of a step is told as that of the run",
         "src/preftune/parts/outlook.py",
-        'a step, {spoken(seconds, steps)} for {steps} steps, if it "',
-        'a step, {spoken(seconds)} for {steps} steps, if it "',
+        "a step, {spoken(seconds, steps)} for {steps} steps",
+        "a step, {spoken(seconds)} for {steps} steps",
         "tests/parts/test_outlook.py -k dpo",
     ),
     Fault(

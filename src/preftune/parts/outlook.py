@@ -63,15 +63,11 @@ def outlook(
         shards=batching.world.size if batching.sharded else 1, **options,
     )  # fmt: skip
     done = flops(shape, mine, checkpointing=batching.recomputed == "full", **options)
-    rate = product_rate(batching.device, model.model.dtype)
-    low, high = SHARE_OF_PEAK
-    seconds = Range(done / (high * rate), done / (low * rate))
     run.note(
-        f"a step of mean lengths, on each device: {done / 1e12:.3g} TFLOP; at its fullest {held.total / 1e9:.2g} GB "
-        f"(weights and optimizer {(held.weights + held.masters + held.moments) / 1e9:.2g}, gradients "
-        f"{held.gradients / 1e9:.2g}, activations {held.activations / 1e9:.2g}, head {held.head / 1e9:.2g}), "
-        f"libraries and fragments aside; {spoken(seconds)} a step, {spoken(seconds, steps)} for {steps} steps, if it "
-        f"reaches {low:.0%} to {high:.0%} of what plain products reach here, {rate / 1e12:.3g} TFLOP/s"
+        f"a step of mean lengths, on each device: {done / 1e12:.3g} TFLOP; at its fullest {sized(held.total)} "
+        f"(weights and optimizer {sized(held.weights + held.masters + held.moments)}, gradients "
+        f"{sized(held.gradients)}, activations {sized(held.activations)}, head {sized(held.head)}), "
+        f"libraries and fragments aside; {_time(done, steps, batching.device, model.model.dtype)}"
     )
 
 
@@ -89,47 +85,58 @@ def outlook_of_rollouts(
 
     What scores the responses is not counted, and of drawing them its products and its cache, but no seconds.
     """
-    every = [model for model in (models.policy, models.reference, models.critic) if model is not None]
-    counted = [Shape.counted(model) for model in every] if batching.packed and cfg.quantize == "none" else []
-    shapes = [shape for shape in counted if shape is not None]
-    if len(shapes) < len(every):
+    shapes = _shapes(models) if batching.packed and cfg.quantize == "none" else None
+    if shapes is None:
         return
-    policy, critic = (
-        shapes[0],
-        [
-            replace(shape, vocabulary=1, parameters=sum(weight.numel() for weight in models.critic.parameters()))
-            for shape in shapes[2:]
-        ],
-    )
+    policy, reference, critic = shapes
     world, lengths, reach = batching.world, column(prompts, "prompt").tolist(), [cfg.max_tokens] * cfg.n
     share = min(cfg.batch_size, len(prompts)) / len(prompts) / world.size
     mine = Work.total(Work.of(length, reach) for length in lengths).times(share)
+    drawn = forward_flops(policy, mine)
+    measured = sum(forward_flops(shape, mine) for shape in (policy, reference, *critic))
+
     passes, parts = (cfg.ppo_epochs, cfg.minibatches) if critic else (1, 1)
     again, at_once = batching.recomputed, mine.times(min(1 / parts, batching.tokens_per_batch / mine.fed))
-    learnt = [flops(shape, mine, checkpointing=again == "full", rank=cfg.lora_rank) for shape in (policy, *critic)]
-    held = [
-        memory(
-            shape, at_once, device=batching.device.type, moments=MOMENTS[cfg.optimizer], recomputed=again,
-            shards=world.size if batching.sharded else 1, rank=cfg.lora_rank,
-        )
-        for shape in (policy, *critic)
-    ]  # fmt: skip
+    options: dict[str, Any] = {
+        "device": batching.device.type, "moments": MOMENTS[cfg.optimizer], "recomputed": again,
+        "shards": world.size if batching.sharded else 1, "rank": cfg.lora_rank,
+    }  # fmt: skip
+    learners = (policy, *critic)
+    learnt = passes * sum(flops(one, mine, checkpointing=again == "full", rank=cfg.lora_rank) for one in learners)
+    held = [memory(one, at_once, **options) for one in learners]
     stays = _bytes(models, twice=cfg.max_kl is not None) + sum(one.masters + one.moments for one in held)
     fills = sum(one.gradients + one.activations + one.head for one in held)
-    drawn, measured = (sum(forward_flops(shape, mine) for shape in some) for some in ([policy], [*shapes[:2], *critic]))
     rows = min(sampling.at_once, math.ceil(share * len(prompts)) * cfg.n)
     cache = rows * (max(lengths) + cfg.max_tokens) * 2 * policy.attention * policy.size
     gathered = f" and the whole policy, {sized(policy.parameters * policy.size)}" if batching.sharded else ""
-    rate, (low, high) = product_rate(batching.device, models.policy.dtype), SHARE_OF_PEAK
-    done = measured + passes * sum(learnt)
-    seconds = Range(done / (high * rate), done / (low * rate))
     run.note(
         f"a step with every response at max_tokens, on each device: {drawn / 1e12:.3g} TFLOP to draw, "
-        f"{measured / 1e12:.3g} to measure, {passes * sum(learnt) / 1e12:.3g} to learn; at its fullest "
+        f"{measured / 1e12:.3g} to measure, {learnt / 1e12:.3g} to learn; at its fullest "
         f"{sized(stays + fills)} ({sized(stays)} weights and optimizers, to which drawing adds a cache of at most "
         f"{sized(cache)}{gathered}), what scores, libraries and fragments aside; to measure and learn "
+        f"{_time(measured + learnt, steps, batching.device, models.policy.dtype)}; what drawing takes is told after "
+        "the first step"
+    )
+
+
+def _shapes(models: Models) -> tuple[Shape, Shape, list[Shape]] | None:
+    """Of policy, reference and, in PPO, critic, which meets no vocabulary; None where one of them is not counted."""
+    policy, reference = (Shape.counted(model) for model in (models.policy, models.reference))
+    if policy is None or reference is None:
+        return None
+    if models.critic is None:
+        return policy, reference, []
+    critic, own = Shape.counted(models.critic), sum(weight.numel() for weight in models.critic.parameters())
+    return None if critic is None else (policy, reference, [replace(critic, vocabulary=1, parameters=own)])
+
+
+def _time(done: float, steps: int, device: torch.device, dtype: torch.dtype) -> str:
+    """`1 to 3 s a step, ... for 100 steps, if it reaches ...` of so many FLOPs a step."""
+    rate, (low, high) = product_rate(device, dtype), SHARE_OF_PEAK
+    seconds = Range(done / (high * rate), done / (low * rate))
+    return (
         f"{spoken(seconds)} a step, {spoken(seconds, steps)} for {steps} steps, if it reaches {low:.0%} to {high:.0%} "
-        f"of what plain products reach here, {rate / 1e12:.3g} TFLOP/s; what drawing takes is told after the first step"
+        f"of what plain products reach here, {rate / 1e12:.3g} TFLOP/s"
     )
 
 

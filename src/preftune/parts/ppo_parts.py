@@ -35,6 +35,7 @@ from preftune.parts.policy_step import Learner
 from preftune.parts.reference import anchor
 from preftune.parts.rollouts import Models, Sampling, answered
 from preftune.parts.room import Reader, with_room
+from preftune.parts.scoring import open_scorer
 from preftune.records import Prompt
 from preftune.tensors import TokenGroup
 
@@ -44,9 +45,9 @@ __all__ = [
     "critic_learner",
     "draw_seed",
     "open_models",
+    "open_reward",
     "read_prompts",
     "reference_scores",
-    "reward_hashes",
     "sampling_of",
 ]
 
@@ -113,7 +114,17 @@ def _valued(read: Callable[..., LoadedModel]) -> Callable[..., LoadedModel]:
     return prepared
 
 
-def reward_hashes(cfg: PpoConfig) -> dict[str, str]:
+def open_reward(cfg: PpoConfig, policy: LoadedModel, batching: Batching, run: Run) -> Scorer:
+    """What scores responses, on the policy's device and in its dtype; its weights go into the run's card."""
+    score = open_scorer(
+        cfg.reward, device=batching.device, dtype=policy.model.dtype, tokens_per_batch=cfg.tokens_per_batch,
+        allow_code=cfg.allow_python, role="reward",
+    )  # fmt: skip
+    run.record(hashes=_reward_hashes(cfg))
+    return score
+
+
+def _reward_hashes(cfg: PpoConfig) -> dict[str, str]:
     """SHA-256 of the weights that score, where the reward is learned: a resumed run must find the same."""
     kind, _, rest = cfg.reward.partition(":")
     if kind not in ("reward", "policy"):

@@ -37,14 +37,13 @@ from preftune.parts.ppo_parts import (
     critic_learner,
     draw_seed,
     open_models,
+    open_reward,
     read_prompts,
     reference_scores,
-    reward_hashes,
     sampling_of,
 )
 from preftune.parts.rollouts import Models, Rollout, Sampling, roll_out
 from preftune.parts.room import Reader
-from preftune.parts.scoring import open_scorer
 from preftune.records import RunCard
 
 __all__ = ["PpoConfig", "main"]
@@ -57,11 +56,7 @@ def main(cfg: PpoConfig) -> RunCard:
     """
     with opened(cfg.out, stage="ppo", config=cfg.model_dump(), resume=cfg.resume, may_differ=MAY_DIFFER) as run:
         policy, models, batching = open_models(cfg, run)
-        reward = open_scorer(
-            cfg.reward, device=batching.device, dtype=policy.model.dtype, tokens_per_batch=cfg.tokens_per_batch,
-            allow_code=cfg.allow_python, role="reward",
-        )  # fmt: skip
-        run.record(hashes=reward_hashes(cfg))
+        reward = open_reward(cfg, policy, batching, run)
         who = Reader.of(cfg.model, policy.tokenizer, policy.model, models.reference, models.critic)
         held_out = read_prompts(cfg.eval_prompts, "eval", cfg, run, who) if cfg.eval_prompts else []
         asked = read_prompts(cfg.prompts, "train", cfg, run, who, held_out)
@@ -69,8 +64,8 @@ def main(cfg: PpoConfig) -> RunCard:
         sampling = sampling_of(cfg, asked + held_out, run)
 
         plan = StepPlan([group for group, _ in asked], batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle)
-        first = [prompt_of[id(group)] for group in plan.groups_of(0, 0)]
-        scale = reference_scores(cfg, models, first, reward, sampling, run) if cfg.standardise else None
+        sample = [prompt_of[id(group)] for group in plan.groups_of(0, 0)]
+        scale = reference_scores(cfg, models, sample, reward, sampling, run) if cfg.standardise else None
         critic, within = critic_learner(cfg, models, run.world), Within.of(policy.model, cfg.max_kl)
         loop = Loop(
             cfg, run, plan, policy, peak_lr=cfg.lr, memory={"kl_coef": cfg.kl_coef, "spent": False},
@@ -78,18 +73,16 @@ def main(cfg: PpoConfig) -> RunCard:
         )  # fmt: skip
         if loop.memory["spent"]:
             loop.end()
-        outlook_of_rollouts(
-            cfg, run, models, batching, sampling, [group for group, _ in asked], steps=loop.total_steps - loop.step
-        )
-        learner, certified, clock = Learner(policy.model, loop.optimizer), False, Clock()
+        first, left = loop.step + 1, loop.total_steps - loop.step
+        outlook_of_rollouts(cfg, run, models, batching, sampling, [group for group, _ in asked], steps=left)
+        learner, clock = Learner(policy.model, loop.optimizer), Clock()
         for step, groups, lr in loop.steps():
             coef = loop.memory["kl_coef"]
-            prompts = [prompt_of[id(group)] for group in groups]
             rollout = roll_out(
-                models, prompts, reward, batching, sampling, seed=draw_seed(cfg, step), scale=scale,
-                origins=[group.origin for group in groups],
+                models, [prompt_of[id(group)] for group in groups], reward, batching, sampling,
+                seed=draw_seed(cfg, step), scale=scale, origins=[group.origin for group in groups],
             )  # fmt: skip
-            if not certified:
+            if step == first:
                 batching.check(policy.model, rollout.groups)
                 warn_of_silence(rollout, run)
             clock.lap("rollout")
@@ -108,8 +101,7 @@ def main(cfg: PpoConfig) -> RunCard:
                     loop.memory = {**loop.memory, "kl_coef": next_coefficient(cfg, coef, rollout)}
             clock.lap("update")
             tokens, left = int(rollout.mask.sum()), loop.total_steps - step
-            run.after_step(step, metrics | {"lr": lr} | pace(clock, tokens, run, left=left, first=not certified))
-            certified = True
+            run.after_step(step, metrics | {"lr": lr} | pace(clock, tokens, run, left=left, first=step == first))
             if held_out and loop.due(cfg.eval_every):
                 loop.evaluated(evaluate(cfg, models, held_out, reward, batching, sampling, scale))
                 clock = Clock()
