@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preftune.engine import parallel
+from preftune.engine import watch as watching
 from preftune.engine.parallel import ALONE, World, launched
 from preftune.engine.watch import Watch
 from preftune.errors import ConfigError, RunError
@@ -167,6 +168,19 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         told = f"rank 2 on {platform.node()} did not come to the gradients of step 7 within 0.2 seconds"
         assert zero._suspect(100) == f"{told} (PREFTUNE_TIMEOUT)"
         assert one._failure() == f"{told} (PREFTUNE_TIMEOUT)"
+
+
+def test_who_is_gone_is_named_though_rank_0_noticed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 lost its connection to rank 2 and rank 0 waits, long patient, for rank 1: then rank 0 judges at once."""
+    for name, seconds in (("BEAT", 0.02), ("LOST_AFTER", 0.5), ("DEAD_AFTER", 100.0)):
+        monkeypatch.setattr(watching, name, seconds)
+    zero, one, _ = watches(3)
+    zero.start(), one.start()
+    try:
+        told = one.who_is_gone("the gradients of step 3", RuntimeError("connection reset by peer"))
+    finally:
+        zero.stop(), one.stop()
+    assert told.startswith(f"rank 2 on {platform.node()} gave no sign of life")
 
 
 def test_who_cannot_tell_the_others_tells_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

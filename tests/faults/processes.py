@@ -78,6 +78,13 @@ FAULTS = [
         f"{_SHARES} first_failure",
     ),
     Fault(
+        "processes: a broken connection is known to its two ends alone",
+        _WATCH,
+        "LOST_AFTER if self._store.check([_BROKEN]) else DEAD_AFTER",
+        "DEAD_AFTER",
+        f"{_SHARES} rank_0_noticed_nothing",
+    ),
+    Fault(
         "processes: who waits suspects those that arrived",
         _WATCH,
         "int(entered) < self._entered:",

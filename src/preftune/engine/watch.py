@@ -1,8 +1,8 @@
 """Who of several processes is alive: no rank waits for ever.
 
 Each one beats once a second into the launcher's store; rank 0 listens to all and all listen to rank 0. A rank without a
-beat for DEAD_AFTER, or that does not come to a collective within the time limit, is named with its machine, and every
-rank ends with an exit code that is not 0; so does everybody when one of them fails.
+beat for DEAD_AFTER, or for LOST_AFTER once a connection broke, or that does not come to a collective within the time
+limit, is named with its machine, and every rank ends with an exit code that is not 0; so does everybody when one fails.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BEAT, DEAD_AFTER, GRACE = 1.0, 30.0, 20.0
 """Seconds between beats, without a beat until a rank counts as dead, and from a failure until a stuck rank is ended."""
 LOST_AFTER = 5.0
 """The same once a connection has broken: somebody is gone, and the question is who."""
-_FAILED = "preftune/failed"
+_FAILED, _BROKEN = "preftune/failed", "preftune/broken"
 
 
 class Watch(threading.Thread):
@@ -60,7 +60,7 @@ class Watch(threading.Thread):
             beats += 1
             try:
                 self._beat(beats)
-                problem = self._failure() or self._suspect(DEAD_AFTER)
+                problem = self._failure() or self._suspect(self._patience())
             except RuntimeError:
                 problem = f"{self._hub}, which keeps the ranks in touch, is gone"
             if problem and not condemned:
@@ -82,6 +82,8 @@ class Watch(threading.Thread):
         """After a broken connection: the sentence about who failed, as soon as it is known."""
         end = time.monotonic() + 3 * LOST_AFTER
         try:
+            with self._lock:
+                self._store.set(_BROKEN, "")  # rank 0, which hears everybody, may wait for this rank and know nothing
             while time.monotonic() < end:
                 if found := self._failure() or self._suspect(LOST_AFTER):
                     return found
@@ -93,6 +95,11 @@ class Watch(threading.Thread):
     def _beat(self, beats: int) -> None:
         with self._lock:
             self._store.set(f"preftune/beat/{self.rank}", f"{beats} {self._entered} {os.uname().nodename}")
+
+    def _patience(self) -> float:
+        """Seconds without a beat until a rank counts as dead: few, once a connection has broken anywhere."""
+        with self._lock:
+            return LOST_AFTER if self._store.check([_BROKEN]) else DEAD_AFTER
 
     def _failure(self) -> str:
         """What has been reported, "" while nothing has."""
