@@ -64,6 +64,13 @@ FAULTS = [
         "tests/parallel/test_gathered.py",
     ),
     Fault(
+        "cost: gradients outside of layers are in parts at once",
+        _COST,
+        "ending = (4 * size if shape.tied else size + 4) * shape.outside",
+        "ending = size * shape.outside",
+        f"{_COSTS} -k fsdp_holds",
+    ),
+    Fault(
         "cost: a reference in parts leaves nothing gathered",
         _COST,
         "size / shards + outside if reference_in_loop",

@@ -118,6 +118,11 @@ class Shape:
         """Parameters outside of decoder layers, embedding and head, once where they are tied; and all norms."""
         return self.parameters - self.body
 
+    @property
+    def tied(self) -> bool:
+        """Embedding and head are one weight."""
+        return self.outside < 2 * self.head
+
     def kept_with(self, recomputed: Recomputed) -> float:
         """Bytes kept per fed token: all; inputs of layers, outputs of linear layers and attention; inputs of layers.
 
@@ -215,7 +220,8 @@ class Memory:
     moments: float
     """What the optimizer keeps."""
     gradients: float
-    """The float32 sum of a step, and a micro-batch's gradient of the largest weight."""
+    """The float32 sum of a step, and a micro-batch's gradient of the largest weight; with shards, if that is more than
+    activations leave room for, those of all that is outside of layers, and the float32 copy that is sent."""
     activations: float
     head: float
     """Blocks of the vocabulary that are held, and hidden states of scored tokens."""
@@ -249,14 +255,20 @@ def memory(
     layers, outside = (2 * shape.body / shape.layers * size, shape.outside * size) if shards > 1 else (0.0, 0.0)
     frozen = shape.parameters if rank else 0
     kept = max(size, 4) if shards > 1 else size  # a part is kept in float32, for its gradient to be
+    activations = shape.kept_with(recomputed) * work.fed
+    head = room_of(work.scored, shape.vocabulary, shape.hidden, size, device)
     largest = shape.edges * rank / shape.layers if rank else shape.largest
+    apart = size * largest if size < 4 or shards > 1 else 0.0
+    if shards > 1 and not rank:  # The end of the backward: a tied weight, two gradients and their sum; a layer is sent.
+        ending = (4 * size if shape.tied else size + 4) * shape.outside + 4 * shape.body / shape.layers
+        apart = max(apart, ending - activations - head - layers - outside)
     return Memory(
         weights=(frozen * size + trained * kept) / shards + layers + outside,
         masters=4 * trained / shards if size < 4 else 0.0,
         moments=4 * moments * trained / shards,
-        gradients=4 * trained / shards + (size * largest if size < 4 else 0.0),
-        activations=shape.kept_with(recomputed) * work.fed,
-        head=room_of(work.scored, shape.vocabulary, shape.hidden, size, device),
+        gradients=4 * trained / shards + apart,
+        activations=activations,
+        head=head,
         reference=shape.parameters * size / shards + outside if reference_in_loop else 0.0,
     )
 
