@@ -64,6 +64,13 @@ FAULTS = [
         "tests/parallel/test_gathered.py",
     ),
     Fault(
+        "cost: probabilities kept on a CPU take no room",
+        _COST,
+        'if device == "cpu":',
+        'if device == "":',
+        f"{_COSTS} -k is_foreseen",
+    ),
+    Fault(
         "cost: gradients outside of layers are in parts at once",
         _COST,
         "ending = (4 * size if shape.tied else size + 4) * shape.outside",

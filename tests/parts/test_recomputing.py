@@ -125,7 +125,8 @@ def test_auto_says_what_it_took_and_changes_no_number(
         monkeypatch.setattr(recomputing, "free_memory", lambda device, free=free: free)
         card = run(tiny_model_folder, pairs_file, tmp_path / name, activation_checkpointing="auto")
         (told[name],) = [note for note in card.notes if note.startswith("activation_checkpointing auto: ")]
-    parts = memory(Shape.of(tiny_model_folder, torch.float32), Work(8192, 8192), device="cpu")
+    rows_of_128 = Work(8192, 8192, 8192 * 128 / 2)
+    parts = memory(Shape.of(tiny_model_folder, torch.float32), rows_of_128, device="cpu")
     assert foreseen[0] == parts.total - parts.weights > parts.activations > 0, "the weights are there already"
     assert told["plenty"].startswith("activation_checkpointing auto: none, at most 8192 tokens at once: about ")
     assert told["plenty"].endswith(", 1e+03 GB are free")

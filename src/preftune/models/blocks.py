@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Part", "attend_in_parts", "parts_of"]
+__all__ = ["KEPT_BYTES", "PART", "Part", "attend_in_parts", "parts_of"]
 
 PART = 128
 """Queries at a time. Measured in bfloat16 on 200 to 1700 tokens: 64 and 256 take up to a tenth longer."""

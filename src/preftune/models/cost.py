@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from preftune.errors import ArtifactError, ConfigError, PreftuneError
+from preftune.models.blocks import KEPT_BYTES, PART
 from preftune.models.checkpointing import Recomputed
 from preftune.models.head import room_of
 from preftune.models.last_layer import last_feed_forward
@@ -101,6 +102,8 @@ class Shape:
     layers: int
     attention: int
     """A / 4: query heads times head size, summed over layers."""
+    heads: int
+    """Query heads, summed over layers."""
     largest: int
     """Elements of the largest parameter."""
     kept: int
@@ -139,10 +142,10 @@ class Shape:
 
         Raises ArtifactError when transformers cannot lay it out, ConfigError for what this cost model does not count.
         """
-        counted: list[int] = []
+        counted: list[tuple[int, int]] = []
 
         def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Any, None]:
-            counted.append(query.shape[1] * (query.shape[-1] + value.shape[-1]) // 2)
+            counted.append((query.shape[1], query.shape[1] * (query.shape[-1] + value.shape[-1]) // 2))
             return _Attended.apply(query, key, value), None  # type: ignore[no-untyped-call]
 
         try:
@@ -172,7 +175,8 @@ class Shape:
             vocabulary=head.weight.shape[0],
             hidden=head.weight.shape[1],
             layers=model.config.get_text_config().num_hidden_layers,
-            attention=sum(counted),
+            attention=sum(width for _, width in counted),
+            heads=sum(heads for heads, _ in counted),
             largest=max(p.numel() for p in model.parameters()),
             kept=kept,
             size=dtype.itemsize,
@@ -256,6 +260,8 @@ def memory(
     frozen = shape.parameters if rank else 0
     kept = max(size, 4) if shards > 1 else size  # a part is kept in float32, for its gradient to be
     activations = shape.kept_with(recomputed) * work.fed
+    if device == "cpu":
+        activations += _probabilities(shape, work) / (1 if recomputed == "none" else shape.layers)
     head = room_of(work.scored, shape.vocabulary, shape.hidden, size, device)
     largest = shape.edges * rank / shape.layers if rank else shape.largest
     apart = size * largest if size < 4 or shards > 1 else 0.0
@@ -271,6 +277,17 @@ def memory(
         head=head,
         reference=shape.parameters * size / shards + outside if reference_in_loop else 0.0,
     )
+
+
+def _probabilities(shape: Shape, work: Work) -> float:
+    """Bytes of P that `blocks.py` keeps in all layers: of a row of n tokens size H (n^2 + PART n) / 2, up to a limit.
+
+    Rows have the mean length; longer ones than those of which P is kept count as these.
+    """
+    number = shape.size * shape.heads / shape.layers
+    longest = (PART**2 / 4 + 2 * KEPT_BYTES / number) ** 0.5 - PART / 2
+    row = min(2 * work.attended / max(work.fed, 1), longest)
+    return shape.layers * number * (row + PART) / 2 * work.fed
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ def recomputation(
     def held(what: Recomputed, tokens: int) -> float:
         """Beside the weights, which are there already, unless they are yet to be shared out."""
         parts = memory(
-            shape, Work(tokens, tokens), device=device.type, recomputed=what, rank=cfg.lora_rank, shards=shards,
-            moments=MOMENTS[cfg.optimizer],
+            shape, Work(tokens, tokens, tokens * cfg.max_length / 2), device=device.type, recomputed=what,
+            rank=cfg.lora_rank, shards=shards, moments=MOMENTS[cfg.optimizer],
         )  # fmt: skip
         return parts.total - (parts.weights if shards == 1 else 0)
 
