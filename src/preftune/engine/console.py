@@ -32,11 +32,12 @@ STOPPING = "stopping after this step; a second signal leaves at once"
 
 
 class Display:
-    """The display of one run; nothing is printed when `quiet`."""
+    """The display of one run; nothing is printed when `quiet`, and by ranks above 0 only what is their own."""
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, rank: int = 0, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._quiet = quiet
+        self._silent, self._rank = quiet, rank
+        self._quiet = quiet = quiet or rank > 0
         terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._console = Console(file=self._stream, highlight=False) if terminal and not quiet else None
         self._live: Live | None = None
@@ -50,6 +51,16 @@ class Display:
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""
         self._say(text, "")
+
+    def own(self, text: str) -> str:
+        """A line about this rank alone; it is returned, with the rank where that is not 0."""
+        if not self._rank:
+            self.note(text)
+            return text
+        text = f"rank {self._rank}: {text}"
+        if not self._silent:
+            print(text, file=self._stream, flush=True)
+        return text
 
     def warn(self, text: str) -> None:
         """A line that stays and should be read."""

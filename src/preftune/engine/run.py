@@ -68,6 +68,8 @@ class Run:
         self.stop_signal: int | None = None
         """The signal that asked to stop, None while there was none, or while the ranks do not agree: `stopping`."""
         self._asked = 0
+        self._untold: list[str] = []
+        """Notes of this rank that rank 0, which writes the card, has not heard."""
         self._earlier = earlier
         self._lock = lock
         self._display = display
@@ -95,7 +97,7 @@ class Run:
         ResumeMismatch (another stage or config; the keys in `may_differ` may change).
         """
         folder, all_ranks = Path(out), world()
-        display = Display(quiet=quiet or all_ranks.rank > 0)
+        display = Display(quiet=quiet, rank=all_ranks.rank)
         if all_ranks.rank:
             run = cls(folder, new_card(stage, config), None, os.open(os.devnull, os.O_RDWR), display, all_ranks)
             all_ranks.same(jsonable(config), "settings")
@@ -158,13 +160,25 @@ class Run:
     def stopping(self) -> bool:
         """Has a signal asked any rank to stop? All ranks ask at the same places and hear the same."""
         if self.world.size > 1:
-            self.stop_signal = self.world.largest(self._asked, f"the end of step {self._step}") or None
+            told = self.world.gather([self._asked, self._untold], f"the end of step {self._step}")
+            self.stop_signal = max(asked for asked, _ in told) or None
+            self._untold = []
+            for text in (text for _, untold in told for text in untold):
+                self._remember(text)
         return self.stop_signal is not None
 
     def note(self, text: str) -> None:
         """Say something the run had to decide, and keep it in the card (once, however often it is said)."""
         self._display.note(text)
         self._remember(text)
+
+    def own_note(self, text: str) -> None:
+        """A note about this rank alone, which says it; it is in the card when all ranks have asked `stopping`."""
+        text = self._display.own(text)
+        if self.world.rank:
+            self._untold.append(text)
+        else:
+            self._remember(text)
 
     def warn(self, text: str) -> None:
         """A note that should be read."""

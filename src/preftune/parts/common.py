@@ -189,7 +189,7 @@ def open_model(
         pad_id,
         device,
         world=run.world,
-        budget=Budget(run.note),
+        budget=Budget(run.own_note),
         recomputed=what,
         shape=Shape.counted(loaded.model) if run.world.size > 1 else None,
         sharded=sharded,

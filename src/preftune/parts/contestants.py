@@ -153,7 +153,7 @@ def ask(contestant: Contestant, prompts: Sequence[tuple[Prompt, str]], cfg: Eval
     name, ranks = contestant.name, run.world
     texts_file, tokens_file = (run.folder / kind / f"{name}.jsonl" for kind in ("samples", "tokens"))
     size: dict[str, Any] = {"n": cfg.n, "max_tokens": cfg.max_tokens, "batch_size": cfg.batch_size}
-    budget = DrawBudget(run.note, lambda answers: f"--batch_size {answers}")
+    budget = DrawBudget(run.own_note, lambda answers: f"--batch_size {answers}")
     keys = {prompt: _key(contestant, prompt, cfg) for prompt, _ in prompts}
     with ExitStack() as held:
         both = [(tokens_file, TOKENS), (texts_file, SAMPLES)] if not ranks.rank else []

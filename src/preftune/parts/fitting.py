@@ -46,7 +46,7 @@ def shorter_answers(row: TokenGroup, fitted: int) -> str:
 class Budget:
     """What memory has been seen to hold: shared by everything that is computed in one run."""
 
-    note: Callable[[str], None] = print
+    note: Callable[[str], object] = print
     limit: int | None = None
     """At most so many tokens at once, lower than asked for; None: as asked for."""
     fitted: int = 0
@@ -79,7 +79,7 @@ class Budget:
 class DrawBudget:
     """How many answers memory has been seen to hold while they are drawn: shared by all draws of one run."""
 
-    note: Callable[[str], None] = print
+    note: Callable[[str], object] = print
     setting: Callable[[int], str] | None = None
     """Answers at once -> the setting that asks for so many; None: there is none."""
     limit: int | None = None

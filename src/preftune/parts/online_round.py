@@ -79,7 +79,7 @@ def round_seed(seed: int, number: int) -> int:
 def _drawn(loaded: LoadedModel, cfg: DpoConfig, number: int, prompts: Sequence[Prompt], run: Run) -> list[list[Drawn]]:
     """`cfg.n` responses to every prompt, in their order."""
     size: dict[str, Any] = {"n": cfg.n, "max_tokens": cfg.max_tokens, "batch_size": max(AT_ONCE, cfg.n)}
-    batches, budget = plan(loaded.model, loaded.tokenizer, prompts, **size), DrawBudget(run.note)
+    batches, budget = plan(loaded.model, loaded.tokenizer, prompts, **size), DrawBudget(run.own_note)
 
     def answered(rows: Sequence[int]) -> list[list[Drawn]]:
         return draw(

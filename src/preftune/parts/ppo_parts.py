@@ -72,7 +72,7 @@ def open_models(cfg: PpoConfig, run: Run) -> tuple[LoadedModel, Models, Batching
     if cfg.algorithm == "ppo":
         critic, theirs = _critic(cfg, policy, batching, run)
         packed = packed and theirs.packed
-    batching = replace(batching, packed=packed, budget=Budget(run.note, shorter=shorter_answers))
+    batching = replace(batching, packed=packed, budget=Budget(run.own_note, shorter=shorter_answers))
     return policy, Models(policy.model, other.model, critic, policy.tokenizer), batching
 
 
@@ -215,7 +215,7 @@ def sampling_of(cfg: PpoConfig, asked: Asked, run: Run) -> Sampling:
         temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
         at_once=max(1, cfg.tokens_per_batch // longest),
-        budget=DrawBudget(run.note, lambda responses: f"--tokens_per_batch {responses * longest}"),
+        budget=DrawBudget(run.own_note, lambda responses: f"--tokens_per_batch {responses * longest}"),
         missing_eos=cfg.missing_eos,
         missing_eos_value=cfg.eos_value(),
     )

@@ -65,7 +65,7 @@ class Local:
             "model_weights": self.loaded.weights_sha256,
             "model_tokenizer": self.loaded.tokenizer_sha256,
         }
-        self.budget = DrawBudget(display.note, lambda answers: f"--batch_size {answers}")
+        self.budget = DrawBudget(display.own, lambda answers: f"--batch_size {answers}")
         display.note(f"{cfg.model}: {str(dtype).removeprefix('torch.')} on {device}")
 
     def write(self, tasks: Sequence[Task], done: frozenset[str]) -> Iterator[Written]:

@@ -50,7 +50,7 @@ def main(cfg: SampleConfig) -> RunCard:
     out, ranks = Path(cfg.out), world()
     if cfg.engine and ranks.size > 1:
         raise ConfigError("a server is asked by one process: start without torchrun, and raise --concurrency instead")
-    display = Display(quiet=ranks.rank > 0)
+    display = Display(rank=ranks.rank)
     prompts, facts = read(cfg, display)
     with (
         nullcontext() if ranks.rank else growing(out, begins=BEGINS) as file,
