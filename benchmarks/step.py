@@ -5,9 +5,10 @@
 
 Per length profile one model folder (64M-parameter Llama shape, random weights), one file of pairs, one dtype. Every
 contender (`step_contenders.py`) runs in its own process, in turn, so that a slow spell of the machine hits everybody;
-the second pass over the pairs is measured, medians over rounds are told. CPU seconds (`process_time`, all threads) are
-compared, so that neighbours on the machine count little; peak memory is the process's largest resident set. The share
-of the limit is `limit.py`'s arithmetic over the rate of plain matrix products, measured between the contenders.
+the last of three passes over the pairs is measured, medians over rounds are told. CPU seconds (`process_time`, all
+threads) are compared, so that neighbours on the machine count little; peak memory is the process's largest resident
+set. The share of the limit is `limit.py`'s arithmetic over the rate of plain matrix products, measured between the
+contenders.
 
 First all contenders train a small model in float32 on the same pairs: their losses must agree, or the run stops.
 """
@@ -29,7 +30,7 @@ from typing import Any
 
 from limit import Lengths, limit_flops, unique_tokens
 from step_contenders import CONTENDERS
-from step_work import PROFILES, SHAPE, prepare
+from step_work import PASSES, PROFILES, SHAPE, prepare
 
 HERE = Path(__file__).resolve().parent
 PARITY = 2e-4
@@ -130,7 +131,7 @@ def report(profiles: dict[str, Any], args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("preftune", "torch", "transformers", "trl")}
     for name, found in profiles.items():
-        settings = {"dtype": args.dtype, "rounds": args.rounds, "shape": asdict(SHAPE)}
+        settings = {"dtype": args.dtype, "rounds": args.rounds, "passes": PASSES, "shape": asdict(SHAPE)}
         hardware = {"processor": processor(), "threads": args.threads, "load": round(os.getloadavg()[1], 1)}
         facts = {"versions": versions | {"python": platform.python_version()}, "hardware": hardware}
         facts |= {"settings": settings, **found}
@@ -144,16 +145,16 @@ def report(profiles: dict[str, Any], args: argparse.Namespace) -> None:
 def markdown(profiles: dict[str, Any]) -> str:
     lines = ["# One DPO step, per length profile", "", "Made by `benchmarks/step.py`, which says how.", ""]
     for name, facts in profiles.items():
-        data, rows, versions = facts["data"], facts["contenders"], facts["versions"]
+        data, rows, versions, settings = (facts[key] for key in ("data", "contenders", "versions", "settings"))
         mean = data["mean_tokens"]
         own = rows.get("preftune")
         lines += [
             f"**{name}**: {data['pairs']} pairs, {data['batch']} a step, {mean['prompt']:g} prompt and "
             f"{mean['chosen']:g} / {mean['rejected']:g} answer tokens, {data['source']}. "
-            f"{facts['settings']['dtype']}, {facts['settings']['rounds']} round(s), {facts['hardware']['threads']} "
-            f"thread of {facts['hardware']['processor']} at load {facts['hardware']['load']}, plain products "
-            f"{facts['gemm_gflop_per_cpu_second']:.0f} GFLOP per CPU second; torch {versions['torch']}, "
-            f"transformers {versions['transformers']}, TRL {versions['trl']}.",
+            f"{settings['dtype']}, {settings['rounds']} round(s) of {settings['passes']} passes, "
+            f"{facts['hardware']['threads']} thread of {facts['hardware']['processor']} at load "
+            f"{facts['hardware']['load']}, plain products {facts['gemm_gflop_per_cpu_second']:.0f} GFLOP per "
+            f"CPU second; torch {versions['torch']}, transformers {versions['transformers']}, TRL {versions['trl']}.",
             "",
             "| " + " | ".join(title for title, _ in COLUMNS) + " |",
             "|" + "---|" * len(COLUMNS),

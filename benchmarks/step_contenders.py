@@ -25,7 +25,7 @@ CONTENDERS = ("preftune", "trl-tuned", "trl-default", "padded")
 
 
 class Stopwatch:
-    """CPU and wall seconds between the ends of optimizer steps; all passes over the pairs but the first count."""
+    """CPU and wall seconds between the ends of optimizer steps; the last pass over the pairs counts."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -40,10 +40,9 @@ class Stopwatch:
     def result(self) -> dict[str, Any]:
         work, steps = self.work, self.work.pairs // self.work.batch
         assert len(self.marks) == work.passes * steps, f"{len(self.marks)} steps ran"
-        cpu, wall = (self.marks[-1][i] - self.marks[steps - 1][i] for i in (0, 1))
+        cpu, wall = (self.marks[-1][i] - self.marks[-1 - steps][i] for i in (0, 1))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        measured = work.pairs * (work.passes - 1)
-        return {"pairs": measured, "cpu_seconds": cpu, "wall_seconds": wall, "peak_gb": peak, "losses": self.losses}
+        return {"pairs": work.pairs, "cpu_seconds": cpu, "wall_seconds": wall, "peak_gb": peak, "losses": self.losses}
 
 
 def preftune(folder: Path, work: Work) -> dict[str, Any]:

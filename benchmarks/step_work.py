@@ -17,7 +17,8 @@ __all__ = ["PROFILES", "SHAPE", "SMALL", "Profile", "Work", "prepare", "save_mod
 SHAPE = Shape(hidden=576, intermediate=1536, layers=10, heads=9, kv_heads=3, vocabulary=49152)
 SMALL = Shape(hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, vocabulary=16384, head_size=32)
 """For float32 parity: the same pairs and code paths, a hundredth of the arithmetic."""
-PASSES = 2
+PASSES = 3
+"""Over the pairs; the last one is measured: after the second the heap has its final size."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Work:
     sequential: bool
     """Everyone takes the pairs in the file's order, so that losses can be compared; else TRL tuned groups by length."""
     passes: int = PASSES
-    """The first pass over the pairs warms up, the others are measured."""
+    """The last pass over the pairs is measured, the others warm up."""
 
     def write(self, folder: Path) -> None:
         (folder / "work.json").write_text(json.dumps(asdict(self)))

@@ -172,7 +172,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def test_who_is_gone_is_named_though_rank_0_noticed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 lost its connection to rank 2 and rank 0 waits, long patient, for rank 1: then rank 0 judges at once."""
-    for name, seconds in (("BEAT", 0.02), ("LOST_AFTER", 0.5), ("DEAD_AFTER", 100.0)):
+    for name, seconds in (("BEAT", 0.02), ("LOST_AFTER", 1.0), ("DEAD_AFTER", 100.0)):
         monkeypatch.setattr(watching, name, seconds)
     zero, one, _ = watches(3)
     zero.start(), one.start()

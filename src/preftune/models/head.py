@@ -34,6 +34,8 @@ __all__ = ["Blocks", "Pull", "at_targets", "block_entries", "pull_back", "room_o
 # Logits held at a time: a few megabytes on a CPU (its cache), enough to fill an accelerator elsewhere.
 _BLOCK_ELEMENTS = {"cpu": 2**21}
 _BLOCK_ELEMENTS_ELSE = 2**27
+# Entries of a block are a multiple of it where they can be: products of odd sizes take 1 to 3 % longer.
+_WHOLE = 256
 # What the forward may keep for the backward, bytes.
 _KEPT_BYTES = {"cpu": 2**28}
 _KEPT_BYTES_ELSE = 2**32
@@ -69,7 +71,8 @@ def token_logprobs(
 def block_entries(hidden_Cd: Tensor, sides: int = 1) -> int:
     """How many vocabulary entries of all C tokens fit the room for logits when `sides` blocks are held at once."""
     elements = _BLOCK_ELEMENTS.get(hidden_Cd.device.type, _BLOCK_ELEMENTS_ELSE)
-    return max(64, elements // (sides * max(1, len(hidden_Cd))))
+    entries = elements // (sides * max(1, len(hidden_Cd)))
+    return max(64, entries // _WHOLE * _WHOLE or entries)
 
 
 def room_of(tokens: float, entries: int, hidden: int, size: int, device: str) -> float:
