@@ -116,8 +116,8 @@ FAULTS = [
     Fault(
         "memory: ppo proposes a setting that it does not have",
         "src/preftune/parts/ppo_parts.py",
-        "budget=Budget(run.note, shorter=shorter_answers)",
-        "budget=Budget(run.note)",
+        "budget=Budget(run.own_note, shorter=shorter_answers)",
+        "budget=Budget(run.own_note)",
         "tests/parts/test_policy_memory.py -k names",
     ),
     Fault(
