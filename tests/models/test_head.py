@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from preftune.models.head import token_logprobs
+from preftune.models.head import block_entries, token_logprobs
 
 C, V, D = 37, 131, 19  # awkward: nothing divides anything
 
@@ -224,3 +224,9 @@ def test_no_scored_token_gives_an_empty_result_and_zero_gradients() -> None:
     assert logps.shape == (0,)
     (gradient,) = torch.autograd.grad(logps.sum(), given["weight_Vd"])
     assert not gradient.any()
+
+
+@pytest.mark.parametrize(("tokens", "entries"), [(867, 2304), (8192, 256), (10_000, 209), (10**6, 64)])
+def test_a_block_is_whole_where_it_can_be(tokens: int, entries: int) -> None:
+    """On a CPU 2^21 logits at a time, in a multiple of 256 entries where so many fit, never below 64."""
+    assert block_entries(torch.empty(tokens, 1)) == entries
