@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from preftune.engine.memory import keep_freed_memory
 
 STEPS = """
 import hashlib, json, resource, sys
@@ -49,3 +53,21 @@ def test_the_bits_are_those_of_the_plain_path_and_pages_are_taken_once() -> None
     kept = min((steps("kept") for _ in range(2)), key=lambda run: run["pages"])
     assert (kept["weights"], kept["loss"]) == (plain["weights"], plain["loss"])
     assert kept["pages"] < plain["pages"] / 4
+
+
+@pytest.mark.parametrize(("allowed", "set_to"), [(1 << 31, [1 << 30]), (1 << 25, [1 << 25]), (0, [])])
+def test_a_libc_that_refuses_a_limit_is_asked_for_a_smaller_one(
+    allowed: int, set_to: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it refuses all, its own rule stays: setting the threshold of trimming alone would switch it off."""
+    taken: dict[int, list[int]] = {-3: [], -1: []}
+
+    def mallopt(parameter: int, value: int) -> int:
+        if parameter == -3 and value > allowed:
+            return 0
+        taken[parameter].append(value)
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    keep_freed_memory()
+    assert taken == {-3: set_to, -1: [2**31 - 1] * len(set_to)}

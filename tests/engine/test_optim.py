@@ -75,6 +75,15 @@ def test_the_norm_of_many_small_gradients_is_exact() -> None:
     assert Optimizer(model, name="sgd").step(1, 0.0) == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.parametrize("elements", [1, optim.NORM_PIECE - 1, optim.NORM_PIECE, 3 * optim.NORM_PIECE + 5])
+def test_every_element_counts_in_the_norm(elements: int) -> None:
+    """Fewer than a piece, whole pieces, pieces and a rest: the norm is that of all elements."""
+    model = nn.Linear(elements, 1, bias=False)
+    model.weight.grad = torch.randn(1, elements, generator=torch.Generator().manual_seed(0))
+    exact = float(model.weight.grad.double().norm())
+    assert Optimizer(model, name="sgd").step(1, 0.0) == pytest.approx(exact, rel=1e-6)
+
+
 def test_a_large_finite_gradient_is_not_taken_for_an_infinite_one() -> None:
     """1e30 squared does not fit float32; such a gradient is clipped, not refused."""
     model = nn.Linear(4, 4, bias=False)

@@ -81,9 +81,16 @@ FAULTS = [
     Fault(
         "memory: large buffers go back to the kernel after every use",
         "src/preftune/engine/memory.py",
-        "        mallopt(_MMAP_THRESHOLD, _LIMIT)\n",
-        "",
+        "if any(mallopt(_MMAP_THRESHOLD, limit) for limit in _LIMITS):",
+        "if True:",
         "tests/engine/test_freed_memory.py",
+    ),
+    Fault(
+        "memory: a glibc that refuses the larger limit is left with its own",
+        "src/preftune/engine/memory.py",
+        "_LIMITS = 1 << 30, 1 << 25",
+        "_LIMITS = (1 << 30,)",
+        "tests/engine/test_freed_memory.py -k refuses",
     ),
     Fault(
         "memory: the gradients of a failed attempt stay",

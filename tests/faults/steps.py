@@ -222,6 +222,13 @@ FAULTS = [
         "tests/engine/test_checkpoint.py -k damaged_checkpoint",
     ),
     Fault(
+        "optimizer: what is left after whole pieces does not count in the norm",
+        _OPTIM,
+        "dim=1), flat[whole:]]",
+        "dim=1)]",
+        f"{_WEIGHTS} every_element",
+    ),
+    Fault(
         "checkpoint: a manifest of another step is taken",
         _CHECKPOINT,
         'if manifest["step"] != step:',

@@ -11,21 +11,21 @@ import torch
 __all__ = ["free_memory", "keep_freed_memory", "out_of_memory"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
-_LIMIT = 1 << 30
+_LIMITS = 1 << 30, 1 << 25  # the second is the largest that mallopt(3) promises to take
 # As torch's CPU and MPS allocators and cuBLAS word it; CUDA's own allocator has an exception class.
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc not to hand buffers below 1 GiB back to the kernel after every use; elsewhere it does nothing.
+    """Ask glibc not to hand buffers below 1 GiB, or what it allows, back to the kernel after every use; no other libc.
 
     A training step frees and takes the same large buffers again and again. By default each of them is a fresh mapping
     whose pages the kernel zeroes on first touch. Measured: `benchmarks/LOG.md`. It changes no number.
     """
     with contextlib.suppress(AttributeError, OSError):  # no glibc: macOS, musl
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, _LIMIT)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        if any(mallopt(_MMAP_THRESHOLD, limit) for limit in _LIMITS):
+            mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def out_of_memory(error: BaseException) -> bool:
