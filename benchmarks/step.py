@@ -5,7 +5,7 @@
 
 Per length profile one model folder (64M-parameter Llama shape, random weights), one file of pairs, one dtype. Every
 contender (`step_contenders.py`) runs in its own process, in turn, so that a slow spell of the machine hits everybody;
-the last of three passes over the pairs is measured, medians over rounds are told. CPU seconds (`process_time`, all
+after two passes over the pairs the others are measured, medians over rounds are told. CPU seconds (`process_time`, all
 threads) are compared, so that neighbours on the machine count little; peak memory is the process's largest resident
 set. The share of the limit is `limit.py`'s arithmetic over the rate of plain matrix products, measured between the
 contenders.
@@ -30,7 +30,7 @@ from typing import Any
 
 from limit import Lengths, limit_flops, unique_tokens
 from step_contenders import CONTENDERS
-from step_work import PASSES, PROFILES, SHAPE, prepare
+from step_work import PROFILES, SHAPE, WARM, prepare
 
 HERE = Path(__file__).resolve().parent
 PARITY = 2e-4
@@ -58,16 +58,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=["preftune", "trl-tuned"], choices=[*CONTENDERS, "all"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--pairs", type=int, help="pairs measured, a multiple of the step's; default by profile")
+    parser.add_argument("--passes", type=int, default=WARM + 1, help=f"over the pairs, the first {WARM} not measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--parity", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default=str(HERE / "results"), help="folder of step-PROFILE.json and step.md")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.passes <= WARM:
+        parser.error(f"--passes {args.passes}: the first {WARM} are not measured, so at least {WARM + 1}")
+    return args
 
 
 def measure(profile: str, names: tuple[str, ...], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All rounds of one profile, checked for parity first."""
-    data, lengths = prepare(folder, profile, pairs=args.pairs, dtype=args.dtype)
+    data, lengths = prepare(folder, profile, pairs=args.pairs, passes=args.passes, dtype=args.dtype)
     parity = check_parity(profile, names, folder / "parity", args) if args.parity else None
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in (*names, "gemm")}
     for _ in range(args.rounds):
@@ -131,7 +135,7 @@ def report(profiles: dict[str, Any], args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("preftune", "torch", "transformers", "trl")}
     for name, found in profiles.items():
-        settings = {"dtype": args.dtype, "rounds": args.rounds, "passes": PASSES, "shape": asdict(SHAPE)}
+        settings = {"dtype": args.dtype, "rounds": args.rounds, "passes": args.passes, "shape": asdict(SHAPE)}
         hardware = {"processor": processor(), "threads": args.threads, "load": round(os.getloadavg()[1], 1)}
         facts = {"versions": versions | {"python": platform.python_version()}, "hardware": hardware}
         facts |= {"settings": settings, **found}

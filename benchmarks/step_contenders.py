@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from limit import gemm_rate
-from step_work import Work
+from step_work import WARM, Work
 
 CONTENDERS = ("preftune", "trl-tuned", "trl-default", "padded")
 
 
 class Stopwatch:
-    """CPU and wall seconds between the ends of optimizer steps; the last pass over the pairs counts."""
+    """CPU and wall seconds between the ends of optimizer steps; all passes over the pairs but the first WARM count."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -40,9 +40,11 @@ class Stopwatch:
     def result(self) -> dict[str, Any]:
         work, steps = self.work, self.work.pairs // self.work.batch
         assert len(self.marks) == work.passes * steps, f"{len(self.marks)} steps ran"
-        cpu, wall = (self.marks[-1][i] - self.marks[-1 - steps][i] for i in (0, 1))
+        first, last = self.marks[WARM * steps - 1], self.marks[-1]
+        cpu, wall = (last[i] - first[i] for i in (0, 1))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return {"pairs": work.pairs, "cpu_seconds": cpu, "wall_seconds": wall, "peak_gb": peak, "losses": self.losses}
+        pairs = work.pairs * (work.passes - WARM)
+        return {"pairs": pairs, "cpu_seconds": cpu, "wall_seconds": wall, "peak_gb": peak, "losses": self.losses}
 
 
 def preftune(folder: Path, work: Work) -> dict[str, Any]:

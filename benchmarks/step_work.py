@@ -12,13 +12,13 @@ from typing import Any
 
 from limit import Lengths, Shape
 
-__all__ = ["PASSES", "PROFILES", "SHAPE", "SMALL", "Profile", "Work", "prepare", "save_model"]
+__all__ = ["PROFILES", "SHAPE", "SMALL", "WARM", "Profile", "Work", "prepare", "save_model"]
 
 SHAPE = Shape(hidden=576, intermediate=1536, layers=10, heads=9, kv_heads=3, vocabulary=49152)
 SMALL = Shape(hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, vocabulary=16384, head_size=32)
 """For float32 parity: the same pairs and code paths, a hundredth of the arithmetic."""
-PASSES = 3
-"""Over the pairs; the last one is measured: in the first two the heap grows most, later ones touch few new pages."""
+WARM = 2
+"""Passes over the pairs before those that are measured: in them the heap grows, later ones touch few new pages."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Work:
     lr: float
     sequential: bool
     """Everyone takes the pairs in the file's order, so that losses can be compared; else TRL tuned groups by length."""
-    passes: int = PASSES
-    """The last pass over the pairs is measured, the others warm up."""
+    passes: int
+    """Over the pairs; all but the first WARM are measured."""
 
     def write(self, folder: Path) -> None:
         (folder / "work.json").write_text(json.dumps(asdict(self)))
@@ -65,7 +65,9 @@ class Work:
         return cls(**json.loads((folder / "work.json").read_text()))
 
 
-def prepare(folder: Path, name: str, *, pairs: int | None, dtype: str) -> tuple[dict[str, Any], list[Lengths]]:
+def prepare(
+    folder: Path, name: str, *, pairs: int | None, passes: int, dtype: str
+) -> tuple[dict[str, Any], list[Lengths]]:
     """Write `timed/` and `parity/`, each with `model/`, `pairs.jsonl` and `work.json`; say what the pairs are."""
     profile = PROFILES[name]
     profile = replace(profile, pairs=pairs or profile.pairs)
@@ -88,7 +90,7 @@ def prepare(folder: Path, name: str, *, pairs: int | None, dtype: str) -> tuple[
     fitting = (row for row in rows if (n := lengths(row))[0] + max(n[1:]) < profile.max_length and same_tokens(row))
     chosen = [row for row, _ in zip(fitting, range(profile.pairs), strict=False)]
     assert len(chosen) == profile.pairs, f"{name}: only {len(chosen)} pairs fit"
-    timed = Work(profile.batch, profile.pairs, profile.max_length, dtype, 1e-6, sequential=False)
+    timed = Work(profile.batch, profile.pairs, profile.max_length, dtype, 1e-6, sequential=False, passes=passes)
     for part, shape, work in (
         ("timed", SHAPE, timed),
         ("parity", SMALL, replace(timed, dtype="float32", lr=1e-3, sequential=True)),
