@@ -86,6 +86,20 @@ FAULTS = [
         "tests/engine/test_freed_memory.py",
     ),
     Fault(
+        "memory: the kernels of a thousand shapes stay",
+        "src/preftune/engine/memory.py",
+        "    keep_kernels(tokens)\n",
+        "",
+        "tests/engine/test_freed_memory.py -k past_shapes",
+    ),
+    Fault(
+        "memory: ideep keeps what oneDNN lets go",
+        "src/preftune/engine/memory.py",
+        'os.environ.setdefault("LRU_CACHE_CAPACITY", "1")',
+        'os.environ.setdefault("LRU_CACHE_CAPACITY", "1024")',
+        "tests/engine/test_freed_memory.py -k past_shapes",
+    ),
+    Fault(
         "memory: a glibc that refuses the larger limit is left with its own",
         "src/preftune/engine/memory.py",
         "_LIMITS = 1 << 30, 1 << 25",

@@ -15,7 +15,7 @@ from preftune.config.sections import Machine, TrainingConfig
 from preftune.data.columns import column
 from preftune.data.packing import StepPlan, fed_tokens, idle, micro_batches
 from preftune.engine.checkpoint import Checkpoints, rng_state, set_rng_state
-from preftune.engine.memory import keep_freed_memory
+from preftune.engine.memory import settle_on_cpu
 from preftune.engine.optim import Optimizer
 from preftune.engine.parallel import ALONE, World
 from preftune.engine.run import Run
@@ -153,7 +153,7 @@ def open_model(
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[automatic if cfg.dtype == "auto" else cfg.dtype]
     if device.type == "cpu":
-        keep_freed_memory()
+        settle_on_cpu(cfg.tokens_per_batch)
     sharded = cfg.shard and run.world.size > 1
     loaded = read(name, dtype=dtype, device="cpu" if sharded else device)
     run.record(hashes={f"{role}_weights": loaded.weights_sha256, f"{role}_tokenizer": loaded.tokenizer_sha256})

@@ -24,7 +24,7 @@ from preftune.data.packing import micro_batches
 from preftune.data.prompts import distinct_prompts
 from preftune.data.sources import open_source
 from preftune.engine.lines import growing
-from preftune.engine.memory import keep_freed_memory
+from preftune.engine.memory import settle_on_cpu
 from preftune.engine.parallel import World
 from preftune.engine.run import Run
 from preftune.errors import ArtifactError, DataError
@@ -137,7 +137,7 @@ def open_contestant(name: str, folder: str, cfg: EvaluateConfig, run: Run) -> Co
     where = model_folder(folder)
     device, dtype = machine(cfg, run.world)
     if device.type == "cpu":
-        keep_freed_memory()
+        settle_on_cpu(cfg.tokens_per_batch)
     loaded = load(where, dtype=dtype, device=device)
     run.record(hashes={f"{name}_weights": loaded.weights_sha256, f"{name}_tokenizer": loaded.tokenizer_sha256})
     run.note(f"{name}: {where}, {str(dtype).removeprefix('torch.')} on {device}")

@@ -11,7 +11,7 @@ import torch
 
 from preftune.config.loop import SampleConfig
 from preftune.engine.console import Display
-from preftune.engine.memory import keep_freed_memory
+from preftune.engine.memory import settle_on_cpu
 from preftune.engine.parallel import ALONE, World
 from preftune.models.generate import plan, sample
 from preftune.models.load import load
@@ -58,7 +58,7 @@ class Local:
         device = torch.device(world.device(cfg.device))
         automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
         if device.type == "cpu":
-            keep_freed_memory()
+            settle_on_cpu()
         dtype = {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
         self.cfg, self.world, self.loaded = cfg, world, load(str(cfg.model), dtype=dtype, device=device)
         self.identity: Mapping[str, str] = {
