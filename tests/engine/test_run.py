@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_folder import CONFIG, card_in, opened, rows, train
 
 from preftune.engine import files, run
+from preftune.engine.parallel import World
 from preftune.engine.run import Run, Stopped
 from preftune.errors import ArtifactError, RunError, UserError
 
@@ -74,6 +76,25 @@ def test_numbers_that_are_not_finite_are_written_as_words_never_replaced(tmp_pat
         r.finish({"loss": float("nan")})
     assert rows(tmp_path)[0]["metrics"] == {"loss": "nan", "margin": ["inf", "-inf"]}
     assert card_in(tmp_path).results == {"loss": "nan"}
+
+
+def test_what_another_rank_noted_of_its_last_step_is_in_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note made after all have asked `stopping` for the last time is heard when the run is finished."""
+    untold: list[str] = []
+
+    def gather(self: World, value: Any, what: str) -> list[Any]:
+        return [value, [0, [untold.pop()] if untold else []]]
+
+    monkeypatch.setattr(World, "gather", gather)
+    with opened(tmp_path / "run") as r:
+        r.world = World(0, 2)
+        r.begin(1, 0)
+        assert not r.stopping()
+        untold.append("rank 1: out of memory")
+        r.finish({})
+    assert "rank 1: out of memory" in card_in(tmp_path / "run").notes
 
 
 def test_an_error_is_recorded_as_failed_with_its_message(tmp_path: Path) -> None:

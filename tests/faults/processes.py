@@ -85,6 +85,13 @@ FAULTS = [
         "tests/parallel/test_little_memory.py -k said_and_kept",
     ),
     Fault(
+        "processes: what one rank did in the last step stays its own",
+        "src/preftune/engine/run.py",
+        '            self._share("the end of the run")\n',
+        "            pass\n",
+        "tests/engine/test_run.py -k its_last_step",
+    ),
+    Fault(
         "processes: a broken connection is known to its two ends alone",
         _WATCH,
         "LOST_AFTER if self._store.check([_BROKEN]) else DEAD_AFTER",
@@ -101,8 +108,8 @@ FAULTS = [
     Fault(
         "processes: a signal to one rank stops that rank alone",
         "src/preftune/engine/run.py",
-        "max(asked for asked, _ in told)",
-        "told[0][0]",
+        'max(self._share(f"the end of step {self._step}"))',
+        'self._share(f"the end of step {self._step}")[0]',
         f"{_ENDS} continued",
     ),
 ]

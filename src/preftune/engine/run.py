@@ -160,12 +160,16 @@ class Run:
     def stopping(self) -> bool:
         """Has a signal asked any rank to stop? All ranks ask at the same places and hear the same."""
         if self.world.size > 1:
-            told = self.world.gather([self._asked, self._untold], f"the end of step {self._step}")
-            self.stop_signal = max(asked for asked, _ in told) or None
-            self._untold = []
-            for text in (text for _, untold in told for text in untold):
-                self._remember(text)
+            self.stop_signal = max(self._share(f"the end of step {self._step}")) or None
         return self.stop_signal is not None
+
+    def _share(self, when: str) -> list[int]:
+        """The signal every rank was sent, 0 for none; what ranks noted of themselves goes into the card."""
+        told = self.world.gather([self._asked, self._untold], when)
+        self._untold = []
+        for text in (text for _, untold in told for text in untold):
+            self._remember(text)
+        return [asked for asked, _ in told]
 
     def note(self, text: str) -> None:
         """Say something the run had to decide, and keep it in the card (once, however often it is said)."""
@@ -173,7 +177,7 @@ class Run:
         self._remember(text)
 
     def own_note(self, text: str) -> None:
-        """A note about this rank alone, which says it; it is in the card when all ranks have asked `stopping`."""
+        """A note about this rank alone, which says it; in the card when all have asked `stopping` or said `finish`."""
         text = self._display.own(text)
         if self.world.rank:
             self._untold.append(text)
@@ -264,7 +268,12 @@ class Run:
         self._display.end()
 
     def finish(self, results: Mapping[str, Any]) -> RunCard:
-        """The last word: `done` with these results, or `stopped` when a signal came before the last step."""
+        """The last word: `done` with these results, or `stopped` when a signal came before the last step.
+
+        Every rank says it, at the same place.
+        """
+        if self.world.size > 1:
+            self._share("the end of the run")
         stopped = self.stop_signal is not None and (self._step < self._total or self._total == 0)
         self._end("stopped" if stopped else "done")
         self.record(results=results)
